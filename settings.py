@@ -1,0 +1,77 @@
+"""Every knob of a run, one literal a line; the defaults are the released EMANet recipe.
+
+Change a line here, or override it: `python train.py N_LAYERS=50 STRIDE=16 LR=0.007`.
+Nothing but literals may stand in this file: int, float, bool, str or a flat tuple of
+them; 0 means off and '' means none or "the data set's own".
+"""
+# -- the experiment
+RECIPE = ''                 # a name in recipes.py, applied over this file
+SEED = 1                    # of the initial weights, the samples and the dropout
+LOG_DIR = 'logdir'          # folder: everything that a run writes
+RESUME = ''                 # 'force': go on although settings have changed
+
+# -- the data
+DATASET = 'voc'             # a name in DATASETS of dataset.py
+DATA_ROOT = ''              # folder; '' is the data set's own, below data/
+TRAIN_SPLIT = ''            # list to train on; '' is the data set's own (voc: trainaug)
+VAL_SPLIT = ''              # list to evaluate on; '' is the data set's own (voc: val)
+CROP_SIZE = 513             # pixels, side of a training crop
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # one is drawn for each sample
+USE_FLIP = True             # mirror every other sample, left to right
+MEAN = (0.485, 0.456, 0.406)  # of the pixels in 0..1, red green blue
+STD = (0.229, 0.224, 0.225)
+
+# -- the backbone
+N_LAYERS = 101              # 18, 34, 50, 101 or 152
+STEM = 'auto'               # deep (three 3x3), plain (one 7x7), auto (see models/)
+STRIDE = 8                  # pixels of the input per feature, 8 or 16
+EVAL_STRIDE = 0             # the same at evaluation; 0 is STRIDE
+MULTI_GRID = (1, 2, 4)      # dilation factors of the blocks of layer4
+PRETRAINED = 'auto'         # auto, none, a torchvision name (IMAGENET1K_V1) or a file
+MODEL_DIR = 'models'        # folder of the ImageNet weights
+BN_MOM = 3e-4               # share of the new batch in the running statistics
+
+# -- the head and its EM attention unit
+HEAD = 'ema'                # ema is the only one so far
+HEAD_CHANNELS = 512         # channels of fc0 and of the unit
+FC1_CHANNELS = 256          # channels of fc1; 0 leaves fc1 out (the paper's Table 1)
+DROPOUT = 0.1               # share of fc1's channels dropped while training
+N_BASES = 64                # K
+STAGE_NUM = 3               # T, EM iterations while training
+EVAL_STAGE_NUM = 0          # T at evaluation; 0 is STAGE_NUM
+EM_LAMBDA = 1.0             # lambda, sharpness of the responsibilities
+EM_KERNEL = 'exp_dot'       # exp_dot, dot or euclidean (negative squared: RBF)
+EM_NORM = 'l2'              # l2, layer_norm or none, of each basis
+EM_UPDATE = 'moving_average'  # moving_average, back_propagation or never
+EM_GRADIENT = 'none'        # through the iterations: none, last or full
+EM_MOM = 0.9                # alpha, share of the old bases in the moving average
+EM_RENORM = False           # normalise the batch mean before it is averaged in
+EM_CONV1 = 'auto'           # fixed, trained, absent; auto trains it if gradient comes
+
+# -- the optimisation
+BATCH_SIZE = 16             # images of one step, over all ranks and ACCUMULATE
+ACCUMULATE = 1              # parts a batch is computed in, to save memory
+ITER_MAX = 30000            # steps
+LR = 0.009                  # learning rate at the start
+LR_POWER = 0.9              # LR * (1 - step / ITER_MAX) ** LR_POWER
+LR_EVERY = 10               # steps between refreshes of the rate
+LR_MOM = 0.9                # momentum of SGD
+BIAS_LR = 2.0               # times LR for every bias
+WEIGHT_DECAY = 1e-4         # on the convolutions' weights only
+LOSS_NORM = 'all'           # divide by all pixels of the batch, or by the valid ones
+CLIP_GRAD = 0.0             # largest norm of the gradient; 0 is off
+
+# -- the machine; none of these changes what is computed, PRECISION only how exactly
+DEVICE = 'auto'             # auto, cpu, cuda, cuda:1, mps
+PRECISION = 'auto'          # fp32, bf16, fp16; auto is bf16 where the device has it
+CHANNELS_LAST = True        # memory order of the convolutions' tensors
+COMPILE = False             # torch.compile the network
+N_WORKERS = 4               # loader processes; 0 loads in the main one
+
+# -- the log and the checkpoints
+LOG_EVERY = 10              # steps between log lines
+IMAGE_EVERY = 500           # steps between pictures in TensorBoard; 0 is off
+EVAL_EVERY = 0              # steps between evaluations while training; 0 is off
+ITER_SAVE = 2000            # steps between step_N.pth; latest.pth 10 times as often
+KEEP = 2                    # step_N.pth that are kept
+CHECKPOINT = ''             # eval.py: the file; '' is final.pth or latest.pth of LOG_DIR

@@ -1,0 +1,317 @@
+"""Draw "shapes", the embedded data set: small scenes of things on a shore.
+
+Owns the pictures, their labels and the names of the classes; `dataset.py` reads
+what this writes, in the folders and file formats of PASCAL VOC. Nothing is
+downloaded: a picture is a pure function of (seed, index), so every machine with the
+same numpy and Pillow draws the same pixels.
+
+A scene is sand beside a lake or sand beside a meadow. A duck and a goose come out of
+the very same code: the bird of a lake is a duck, the bird of a meadow is a goose. As
+it likes to stand on the sand, only the rest of the picture tells which it is, and a
+network has to look far to name it.
+
+    python prepare.py shapes
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+CLASSES = ('background', 'balloon', 'house', 'mushroom', 'parasol', 'pumpkin', 'star',
+           'tree', 'duck', 'goose')
+VOID = 255  # the label of the border around every object, 2 pixels wide
+BOARD = 200  # side of the square on which an object is drawn before it is reduced
+
+
+# Objects: each paints its outline, colours and texture on a board of 200 x 200.
+
+def _hsl(rng, hues, saturation=(60, 90), lightness=(42, 58)):
+    hue = rng.choice(hues) + rng.uniform(-9, 9)
+    return f'hsl({hue % 360:.0f},{rng.uniform(*saturation):.0f}%,' \
+           f'{rng.uniform(*lightness):.0f}%)'
+
+
+def _spin(n, radius, phase=0.0, centre=100):
+    """Return n points on a circle; radius may be n radii."""
+    angles = phase + 2 * np.pi * np.arange(n) / n
+    x, y = centre + radius * np.sin(angles), centre - radius * np.cos(angles)
+    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+
+
+def _balloon(pen, rng):
+    colour = _hsl(rng, (0, 30, 215, 280, 330))
+    pen.polygon([(100, 160), (82, 192), (118, 192)], colour)
+    pen.ellipse((32, 8, 168, 172), colour)
+    pen.ellipse((58, 32, 92, 82), 'hsl(0,0%,93%)')
+
+
+def _house(pen, rng):
+    wall = _hsl(rng, (25, 40), (20, 60), (55, 80))
+    mortar = _hsl(rng, (25,), (20, 30), (35, 50))
+    pen.rectangle((30, 90, 170, 190), wall)
+    for row, y in enumerate(range(90, 190, 14)):
+        pen.line((30, y, 170, y), mortar, 3)
+        for x in range(30 + 14 * (row % 2), 170, 28):
+            pen.line((x, y, x, min(y + 14, 190)), mortar, 3)
+    pen.polygon([(100, 10), (190, 92), (10, 92)], _hsl(rng, (5, 20, 215), (35, 70), (28, 42)))
+    pen.rectangle((84, 134, 118, 190), 'hsl(25,50%,20%)')
+    for x in (44, 130):
+        pen.rectangle((x, 106, x + 28, 134), 'hsl(50,90%,75%)', 'white', 4)
+
+
+def _mushroom(pen, rng):
+    pen.rounded_rectangle((72, 90, 128, 190), 22, _hsl(rng, (40,), (25, 45), (75, 88)))
+    pen.chord((12, 14, 188, 210), 180, 360, _hsl(rng, (0, 20, 280)))
+    for x, y, r in ((100, 42, 15), (55, 70, 13), (146, 72, 14), (100, 86, 10), (32, 98, 7)):
+        pen.ellipse((x - r, y - r, x + r, y + r), 'hsl(45,60%,93%)')
+
+
+def _parasol(pen, rng):
+    colours = _hsl(rng, (0, 50, 140, 215, 330)), 'hsl(45,60%,92%)'
+    rim = _spin(10, 92.0)
+    for i in range(10):
+        pen.polygon([(100, 100), rim[i], rim[(i + 1) % 10]], colours[i % 2])
+    pen.ellipse((90, 90, 110, 110), 'hsl(30,50%,30%)')
+
+
+def _pumpkin(pen, rng):
+    pen.rectangle((88, 14, 112, 60), _hsl(rng, (100,), (35, 55), (22, 34)))
+    hue, light = rng.uniform(15, 38), rng.uniform(44, 54)
+    for half, shift in ((92, 0), (66, 5), (42, -5), (17, 5)):  # the ribs, outside in
+        colour = f'hsl({hue:.0f},88%,{light + shift:.0f}%)'
+        pen.ellipse((100 - half, 42, 100 + half, 188), colour, 'hsl(18,80%,30%)', 4)
+
+
+def _star(pen, rng):
+    radii = np.tile((96.0, rng.uniform(44, 54)), 5)
+    pen.polygon(_spin(10, radii), _hsl(rng, (10, 48, 330)))
+    for radius in (20.0, 42.0, 64.0):
+        for x, y in _spin(5, radius):
+            pen.ellipse((x - 5, y - 5, x + 5, y + 5), 'hsl(45,80%,85%)')
+
+
+def _tree(pen, rng):
+    pen.rectangle((84, 150, 116, 196), _hsl(rng, (25,), (35, 55), (22, 34)))
+    hue, light = rng.uniform(95, 165), rng.uniform(20, 32)
+    for top, bottom, half in ((84, 168, 84), (46, 122, 66), (4, 78, 48)):
+        light += 4
+        colour = f'hsl({hue:.0f},50%,{light:.0f}%)'
+        pen.polygon([(100, top), (100 + half, bottom), (100 - half, bottom)], colour)
+
+
+def _bird(pen, rng):
+    colour = _hsl(rng, (35, 210), (5, 30), (68, 92))
+    pen.polygon([(150, 60), (196, 66), (152, 82)], 'hsl(32,95%,50%)')
+    pen.polygon([(4, 88), (70, 120), (60, 170)], colour)
+    pen.polygon([(104, 60), (156, 70), (150, 150), (80, 120)], colour)
+    pen.ellipse((22, 92, 162, 190), colour)
+    pen.ellipse((100, 26, 162, 94), colour)
+    pen.chord((44, 88, 128, 164), 20, 190, _hsl(rng, (30, 210), (15, 35), (35, 55)))
+    pen.ellipse((132, 46, 146, 60), 'black')
+
+
+# What there is to draw, with the largest rotation, in degrees. Two birds in nine, as
+# they are ducks in one half of the scenes and geese in the other.
+STOCK = ((_balloon, 40), (_house, 15), (_mushroom, 30), (_parasol, 180), (_pumpkin, 30),
+         (_star, 180), (_tree, 15), (_bird, 15), (_bird, 15))
+
+
+def _sprite(rng, paint, turn):
+    """Return an object as (RGB in 0..1, coverage in 0..1), 26 to 86 pixels across."""
+    board = Image.new('RGBA', (BOARD, BOARD))
+    paint(ImageDraw.Draw(board), rng)
+    if rng.random() < 0.5:
+        board = board.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    board = board.rotate(rng.uniform(-turn, turn), Image.Resampling.BILINEAR, expand=True)
+    board = board.crop(board.getbbox())
+    across = 26 * (86 / 26) ** rng.beta(1.3, 1.1) * np.exp(rng.uniform(-.12, .12, 2))
+    size = np.maximum(across * np.array(board.size) / max(board.size), 8).round()
+    board = board.resize([int(n) for n in size], Image.Resampling.BOX)
+    pixels = np.asarray(board, np.float32) / 255
+    return pixels[..., :3], pixels[..., 3]
+
+
+# Grounds
+
+def _noise(rng, h, w, rows, columns):
+    """Return smooth noise (h, w) in about -1..1, with so many hills each way."""
+    coarse = rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC))
+
+
+def _ground(rng, h, w, is_lake):
+    """Return the ground (h, w, 3) in 0..1 and how much of it is sand (h, w)."""
+    y, x = np.mgrid[:h, :w].astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    height = (np.cos(angle) * x + np.sin(angle) * y) / 90 + .8 * _noise(rng, h, w, 4, 5)
+    height = height - np.quantile(height, rng.uniform(.35, .7))
+    sand = np.clip(height * 8 + .5, 0, 1)
+    hills, fine = _noise(rng, h, w, 7, 8), _noise(rng, h, w, h // 2, w // 2)
+    dunes = np.sin(y / 2.2 + x / 9 + 5 * hills)
+    grain = .05 * hills + .05 * fine + .025 * dunes
+    beach = np.array((.83, .72, .50)) * (1 + grain)[..., None]
+    if is_lake:
+        ripples = np.sin(y / rng.uniform(1.2, 1.8) + 4 * _noise(rng, h, w, 8, 5))
+        level = 1 + .12 * hills + .12 * ripples * np.clip(.5 + fine, 0, 1)
+        wild = np.array((.20, rng.uniform(.45, .58), .68)) * level[..., None]
+    else:
+        blades = _noise(rng, h, w, h // 5, w) + fine
+        level = 1 + .15 * hills + .16 * blades
+        wild = np.array((rng.uniform(.33, .48), .58, .22)) * level[..., None]
+    image = wild + (beach - wild) * sand[..., None]
+    rim = np.exp(-(height / .07) ** 2)[..., None]  # foam, or the dark edge of the turf
+    image = image + rim * ((.25 if is_lake else -.12) * (1 + .5 * fine))[..., None]
+    return image.astype(np.float32), sand
+
+
+# Scenes
+
+def _blurred(field, radius):
+    image = Image.fromarray((field * 255).astype(np.uint8))
+    blurred = image.filter(ImageFilter.GaussianBlur(radius))
+    return np.asarray(blurred, np.float32) / 255
+
+
+def _moved(part, h, w, top, left):
+    """Return a canvas (h, w, ...) of zeros with part on it, cut at the edges."""
+    canvas = np.zeros((h, w, *part.shape[2:]), np.float32)
+    y, x = max(top, 0), max(left, 0)
+    part = part[y - top:h - top, x - left:w - left]
+    canvas[y:y + part.shape[0], x:x + part.shape[1]] = part
+    return canvas
+
+
+def _place(rng, colour, cover, things, areas, sand, is_bird):
+    """Return an object on the canvas, or None where it would hide others, or itself."""
+    h, w = things.shape
+    spots = []
+    for _ in range(8):
+        top, left = (int(rng.uniform(-.15 * c, n - .85 * c))
+                     for c, n in zip(cover.shape, (h, w), strict=True))
+        moved = _moved(cover, h, w, top, left)
+        after = np.where(moved > .5, len(areas), things)
+        seen = np.bincount(after.ravel(), minlength=len(areas) + 1)[1:]
+        if (seen > .55 * np.array([*areas[1:], (cover > .5).sum()])).all():
+            spots.append(((moved * sand).sum(), moved, after, top, left))
+    if not spots:
+        return None
+    _, moved, after, top, left = max(spots, key=lambda s: s[0]) if is_bird else spots[0]
+    return _moved(colour, h, w, top, left), moved, after
+
+
+def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one scene.
+
+    Args:
+        seed: the data set, 0 or more.
+        index: the picture of that data set, 0 or more.
+
+    Returns:
+        The image (h, w, 3) uint8 RGB and its labels (h, w) uint8: positions in
+        CLASSES, or VOID. h is 144..176 and w 176..208 pixels.
+    """
+    rng = np.random.default_rng((seed, index))
+    h, w = int(rng.integers(144, 177)), int(rng.integers(176, 209))
+    is_lake = rng.random() < .5
+    image, sand = _ground(rng, h, w, is_lake)
+    things = np.zeros((h, w), np.int64)  # 0 is the ground, then objects as they come
+    names, areas = [0], [h * w]
+    slope = rng.choice((-1, 1)) * rng.uniform(2, 5)  # the sun: left or right, above
+    for kind in rng.permutation(len(STOCK))[:rng.integers(4, 7)]:
+        paint, turn = STOCK[kind]
+        is_bird = paint is _bird
+        colour, cover = _sprite(rng, paint, turn)
+        placed = _place(rng, colour, cover, things, areas, sand, is_bird)
+        if placed is None:
+            continue
+        colour, moved, things = placed
+        names.append(CLASSES.index('duck' if is_lake else 'goose') if is_bird
+                     else int(kind) + 1)
+        areas.append((cover > .5).sum())
+        # The shadow falls on what is there already; the blurred outline, compared
+        # with itself a little further on, lights one side and darkens the other.
+        soft = _blurred(moved, 4)
+        shift = (5, round(slope))
+        image = image * (1 - .45 * np.roll(soft, shift, (0, 1)))[..., None]
+        light = 1 + .5 * (np.roll(soft, shift, (0, 1)) - np.roll(soft, (-5, -shift[1]), (0, 1)))
+        light = light + .05 * _noise(rng, h, w, h // 3, w // 3)
+        image = image + moved[..., None] * (colour * light[..., None] - image)
+    labels = np.array(names, np.uint8)[things]
+    for axis in (0, 1):  # one pixel either side of every outline
+        a, b = (labels, things) if axis == 0 else (labels.T, things.T)
+        edge = b[1:] != b[:-1]
+        a[1:][edge] = a[:-1][edge] = VOID
+    return _photograph(rng, image), labels
+
+
+def _photograph(rng, image):
+    """Return the scene as a camera sees it (h, w, 3) uint8."""
+    h, w, _ = image.shape
+    y, x = np.mgrid[-1:1:h * 1j, -1:1:w * 1j]
+    light = 1 + rng.uniform(-.15, .15) * y + rng.uniform(-.15, .15) * x
+    light = rng.uniform(.75, 1.2) * light[..., None] * rng.uniform(.9, 1.1, 3)
+    image = np.clip(image * light, 0, 1) ** rng.uniform(.85, 1.2)
+    blur = ImageFilter.GaussianBlur(rng.uniform(.2, .9))
+    image = Image.fromarray((image * 255).astype(np.uint8)).filter(blur)
+    noise = rng.uniform(2, 8) * rng.standard_normal((h, w, 3), np.float32)
+    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+
+
+# Files
+
+def _save(path: Path, content: Image.Image | str, **options) -> None:
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    if isinstance(content, str):
+        part.write_text(content)
+    else:
+        content.save(part, **options)
+    os.replace(part, path)
+
+
+def write(root: str | Path, n_train: int = 400, n_val: int = 100, seed: int = 0,
+          palette: bytes | tuple[int, ...] | str = '',
+          progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:
+    """Write the data set in the layout of PASCAL VOC.
+
+    Pictures and labels that are there already are kept, so an interrupted run can be
+    repeated; for another seed use another root. The lists are written last.
+
+    Args:
+        root: the folder, made if needed, of JPEGImages/<id>.jpg,
+            SegmentationClass/<id>.png and ImageSets/Segmentation/<split>.txt for the
+            splits train, val and trainval.
+        n_train: pictures 1..n_train are for training.
+        n_val: the next n_val pictures are for validation.
+        seed: the data set, 0 or more.
+        palette: 768 numbers 0..255, RGB of the labels 0..255; '' is shades of grey.
+        progress: what the list of ids passes through while it is worked off.
+
+    Raises:
+        ValueError: if the palette has another length.
+    """
+    palette = bytes(palette or [shade for shade in range(256) for _ in range(3)])
+    if len(palette) != 768:
+        raise ValueError(f'the palette has {len(palette)} numbers, expected 768: give '
+                         'RGB of all 256 labels')
+    images, labels, lists = (Path(root, name) for name in (
+        'JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'))
+    for folder in (images, labels, lists):
+        folder.mkdir(parents=True, exist_ok=True)
+    ids = [f'shapes_{i:05d}' for i in range(1, n_train + n_val + 1)]
+    for name in progress(ids):
+        jpg, png = images / f'{name}.jpg', labels / f'{name}.png'
+        if jpg.exists() and png.exists():
+            continue
+        image, label = draw(seed, int(name[-5:]))
+        if not jpg.exists():
+            _save(jpg, Image.fromarray(image), format='JPEG', quality=90)
+        if not png.exists():
+            indexed = Image.fromarray(label)
+            indexed.putpalette(palette)  # the mode becomes P
+            _save(png, indexed, format='PNG')
+    for split, part in (('train', ids[:n_train]), ('val', ids[n_train:]),
+                        ('trainval', ids)):
+        _save(lists / f'{split}.txt', ''.join(f'{name}\n' for name in part))
