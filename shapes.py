@@ -42,7 +42,7 @@ def _spin(n, radius, phase=0.0, centre=100):
 
 
 def _balloon(pen, rng):
-    colour = _hsl(rng, (0, 30, 215, 280, 330))
+    colour = _hsl(rng, (0, 215, 280, 330))
     pen.polygon([(100, 160), (82, 192), (118, 192)], colour)
     pen.ellipse((32, 8, 168, 172), colour)
     pen.ellipse((58, 32, 92, 82), 'hsl(0,0%,93%)')
@@ -64,13 +64,13 @@ def _house(pen, rng):
 
 def _mushroom(pen, rng):
     pen.rounded_rectangle((72, 90, 128, 190), 22, _hsl(rng, (40,), (25, 45), (75, 88)))
-    pen.chord((12, 14, 188, 210), 180, 360, _hsl(rng, (0, 20, 280)))
+    pen.chord((12, 14, 188, 210), 180, 360, _hsl(rng, (0, 20)))
     for x, y, r in ((100, 42, 15), (55, 70, 13), (146, 72, 14), (100, 86, 10), (32, 98, 7)):
         pen.ellipse((x - r, y - r, x + r, y + r), 'hsl(45,60%,93%)')
 
 
 def _parasol(pen, rng):
-    colours = _hsl(rng, (0, 50, 140, 215, 330)), 'hsl(45,60%,92%)'
+    colours = _hsl(rng, (0, 50, 140, 215)), 'hsl(45,60%,92%)'
     rim = _spin(10, 92.0)
     for i in range(10):
         pen.polygon([(100, 100), rim[i], rim[(i + 1) % 10]], colours[i % 2])
@@ -87,7 +87,7 @@ def _pumpkin(pen, rng):
 
 def _star(pen, rng):
     radii = np.tile((96.0, rng.uniform(44, 54)), 5)
-    pen.polygon(_spin(10, radii), _hsl(rng, (10, 48, 330)))
+    pen.polygon(_spin(10, radii), _hsl(rng, (20, 48, 55)))
     for radius in (20.0, 42.0, 64.0):
         for x, y in _spin(5, radius):
             pen.ellipse((x - 5, y - 5, x + 5, y + 5), 'hsl(45,80%,85%)')
@@ -103,7 +103,7 @@ def _tree(pen, rng):
 
 
 def _bird(pen, rng):
-    colour = _hsl(rng, (35, 210), (5, 30), (68, 92))
+    colour = _hsl(rng, (35, 210), (5, 25), (75, 94))
     pen.polygon([(150, 60), (196, 66), (152, 82)], 'hsl(32,95%,50%)')
     pen.polygon([(4, 88), (70, 120), (60, 170)], colour)
     pen.polygon([(104, 60), (156, 70), (150, 150), (80, 120)], colour)
@@ -120,14 +120,14 @@ STOCK = ((_balloon, 40), (_house, 15), (_mushroom, 30), (_parasol, 180), (_pumpk
 
 
 def _sprite(rng, paint, turn):
-    """Return an object as (RGB in 0..1, coverage in 0..1), 26 to 86 pixels across."""
+    """Return an object as (RGB in 0..1, coverage in 0..1), about 34 to 102 across."""
     board = Image.new('RGBA', (BOARD, BOARD))
     paint(ImageDraw.Draw(board), rng)
     if rng.random() < 0.5:
         board = board.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     board = board.rotate(rng.uniform(-turn, turn), Image.Resampling.BILINEAR, expand=True)
     board = board.crop(board.getbbox())
-    across = 26 * (86 / 26) ** rng.beta(1.3, 1.1) * np.exp(rng.uniform(-.12, .12, 2))
+    across = 34 * 3 ** rng.random() * np.exp(rng.uniform(-.1, .1, 2))
     size = np.maximum(across * np.array(board.size) / max(board.size), 8).round()
     board = board.resize([int(n) for n in size], Image.Resampling.BOX)
     pixels = np.asarray(board, np.float32) / 255
@@ -219,8 +219,8 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     image, sand = _ground(rng, h, w, is_lake)
     things = np.zeros((h, w), np.int64)  # 0 is the ground, then objects as they come
     names, areas = [0], [h * w]
-    slope = rng.choice((-1, 1)) * rng.uniform(2, 5)  # the sun: left or right, above
-    for kind in rng.permutation(len(STOCK))[:rng.integers(4, 7)]:
+    slope = int(rng.choice((-4, -2, 2, 4)))  # the sun: left or right, always above
+    for kind in rng.permutation(len(STOCK))[:rng.integers(5, 8)]:
         paint, turn = STOCK[kind]
         is_bird = paint is _bird
         colour, cover = _sprite(rng, paint, turn)
@@ -234,10 +234,11 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         # The shadow falls on what is there already; the blurred outline, compared
         # with itself a little further on, lights one side and darkens the other.
         soft = _blurred(moved, 4)
-        shift = (5, round(slope))
-        image = image * (1 - .45 * np.roll(soft, shift, (0, 1)))[..., None]
-        light = 1 + .5 * (np.roll(soft, shift, (0, 1)) - np.roll(soft, (-5, -shift[1]), (0, 1)))
-        light = light + .05 * _noise(rng, h, w, h // 3, w // 3)
+        soft = np.pad(soft, 5, mode='edge')
+        shaded = soft[:h, 5 - slope:w + 5 - slope]
+        lit = soft[10:, 5 + slope:w + 5 + slope]
+        image = image * (1 - .45 * shaded)[..., None]
+        light = 1 + .5 * (shaded - lit) + .05 * _noise(rng, h, w, h // 3, w // 3)
         image = image + moved[..., None] * (colour * light[..., None] - image)
     labels = np.array(names, np.uint8)[things]
     for axis in (0, 1):  # one pixel either side of every outline
@@ -252,11 +253,11 @@ def _photograph(rng, image):
     h, w, _ = image.shape
     y, x = np.mgrid[-1:1:h * 1j, -1:1:w * 1j]
     light = 1 + rng.uniform(-.15, .15) * y + rng.uniform(-.15, .15) * x
-    light = rng.uniform(.75, 1.2) * light[..., None] * rng.uniform(.9, 1.1, 3)
+    light = rng.uniform(.8, 1.15) * light[..., None] * rng.uniform(.9, 1.1, 3)
     image = np.clip(image * light, 0, 1) ** rng.uniform(.85, 1.2)
     blur = ImageFilter.GaussianBlur(rng.uniform(.2, .9))
     image = Image.fromarray((image * 255).astype(np.uint8)).filter(blur)
-    noise = rng.uniform(2, 8) * rng.standard_normal((h, w, 3), np.float32)
+    noise = rng.uniform(2, 6) * rng.standard_normal((h, w, 3), np.float32)
     return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
 
 
@@ -305,7 +306,7 @@ def write(root: str | Path, n_train: int = 400, n_val: int = 100, seed: int = 0,
         jpg, png = images / f'{name}.jpg', labels / f'{name}.png'
         if jpg.exists() and png.exists():
             continue
-        image, label = draw(seed, int(name[-5:]))
+        image, label = draw(seed, int(name.removeprefix('shapes_')))
         if not jpg.exists():
             _save(jpg, Image.fromarray(image), format='JPEG', quality=90)
         if not png.exists():

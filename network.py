@@ -1,0 +1,396 @@
+"""The EM attention unit, the head around it, and the network that is trained.
+
+    from network import EMAU                # the paper's unit, in anyone's project
+    y = EMAU(512, bases=64, stages=3)(x)    # (b, 512, h, w) -> (b, 512, h, w)
+
+Letters are the paper's: x the features, z the responsibilities, mu the bases; n = h*w
+pixels, k bases, c channels, T stages.
+"""
+import contextlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import settings
+from backbone import ConvBNReLU, ResNet
+
+EPS = 1e-6  # added to both denominators, as in the released code
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half and bfloat16 tensors as float32, others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def in_full_precision(device_type: str) -> contextlib.AbstractContextManager:
+    """Switch autocast off, where the device has it."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class EMAU(nn.Module):
+    """Expectation-Maximization Attention Unit (paper, sections 4 and 5; figure 2).
+
+    conv1, T iterations of A_E and A_M started from the kept bases, A_R, ReLU, conv2
+    with batch norm, the residual, ReLU. The unit owns its bases `mu` and their update.
+    The EM arithmetic is done in float32 (or float64) whatever the features' type, and
+    the bases stay float32 in a network that is cast to half.
+
+    Args:
+        channels: of the input and of the output, C.
+        bases: K.
+        stages: T while training, at least 1.
+        eval_stages: T at evaluation; 0 is `stages`.
+        scale: lambda of eq. 12. Infinity in the limit makes A_E one-hot (K-means).
+        kernel: of eq. 11. 'exp_dot' exp(lambda a.b), the paper's; 'dot' max(a.b, 0);
+            'euclidean' exp(-lambda |a - b|^2), the softmax of the negative squared
+            distance, which is the RBF kernel with sigma^2 = 1 / lambda.
+        norm: of each basis after A_M (section 5.3): 'l2', 'layer_norm' or 'none'.
+        update: of the kept bases (section 5.2, figure 3): 'moving_average' (eq. 15),
+            'back_propagation' (the bases are a parameter) or 'never'.
+        gradient: through the iterations: 'none', 'last' (only the last one) or 'full'.
+        momentum: alpha of eq. 15, the share of the old bases.
+        renorm: normalise the batch mean of eq. 15 before it is averaged in.
+        conv1: 'fixed' (random), 'trained', 'absent', or 'auto': trained where the
+            gradient reaches it.
+        bn_momentum: of conv2's batch norm.
+        auto_update: move the bases in each training forward. False leaves it to the
+            training loop, which calls `update_bases` when it has the whole batch.
+
+    Paper: conv1 is a learned convolution. Here: with gradient='none', the default, it
+    keeps its random weights, because the released code iterates under no_grad and so
+    never trains it.
+
+    Raises:
+        ValueError: for an unknown choice, or a pair that cannot train.
+    """
+
+    def __init__(self, channels: int, bases: int = 64, stages: int = 3,
+                 eval_stages: int = 0, scale: float = 1.0, kernel: str = 'exp_dot',
+                 norm: str = 'l2', update: str = 'moving_average',
+                 gradient: str = 'none', momentum: float = 0.9, renorm: bool = False,
+                 conv1: str = 'auto', bn_momentum: float = 0.1,
+                 auto_update: bool = True):
+        super().__init__()
+        for name, value, choices in (
+                ('kernel', kernel, ('exp_dot', 'dot', 'euclidean')),
+                ('norm', norm, ('l2', 'layer_norm', 'none')),
+                ('update', update, ('moving_average', 'back_propagation', 'never')),
+                ('gradient', gradient, ('none', 'last', 'full')),
+                ('conv1', conv1, ('auto', 'fixed', 'trained', 'absent'))):
+            if value not in choices:
+                raise ValueError(f'EMAU: {name}={value!r} is none of '
+                                 f'{", ".join(choices)}')
+        if stages < 1 or eval_stages < 0 or bases < 1:
+            raise ValueError(f'EMAU: {bases} bases, {stages} stages and {eval_stages} '
+                             'at evaluation: bases and stages must be at least 1, '
+                             'evaluation stages 0 (the same) or more')
+        if update == 'back_propagation' and gradient != 'full':
+            raise ValueError(
+                'EMAU: bases updated by back_propagation need a gradient through all '
+                f"iterations, but gradient={gradient!r}: set it to 'full'")
+        if conv1 == 'trained' and gradient == 'none':
+            raise ValueError("EMAU: conv1='trained', but gradient='none' lets nothing "
+                             "reach it: set the gradient to 'last' or 'full', or conv1 "
+                             "to 'fixed'")
+        if kernel == 'dot' and scale != 1:
+            raise ValueError(f'EMAU: lambda={scale} has no effect on the dot kernel, '
+                             'it cancels in the normalisation: leave it at 1')
+        self.stages, self.eval_stages = stages, eval_stages or stages
+        self.scale, self.kernel, self.norm = scale, kernel, norm
+        self.update, self.gradient, self.momentum = update, gradient, momentum
+        self.renorm, self.auto_update = renorm, auto_update
+
+        self.conv1 = None if conv1 == 'absent' else nn.Conv2d(channels, channels, 1)
+        self.conv2 = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False),
+                                   nn.BatchNorm2d(channels, momentum=bn_momentum))
+        for m in (self.conv1, self.conv2[0]):
+            if m is not None:
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / channels))
+        if self.conv1 is not None:
+            self.conv1.requires_grad_(conv1 == 'trained' or
+                                      conv1 == 'auto' and gradient != 'none')
+
+        mu = self.normalise(torch.randn(1, channels, bases) * math.sqrt(2 / bases))
+        if update == 'back_propagation':
+            self.mu = nn.Parameter(mu)                             # (1, c, k)
+        else:
+            self.register_buffer('mu', mu)
+        # What eq. 15 averages: the sum of mu^(T) over images, and their number.
+        self.register_buffer('mu_sum', torch.zeros(1, channels, bases), False)
+        self.register_buffer('n_images', torch.zeros(1), False)
+
+    def _apply(self, fn, *args, **kwargs):
+        """Cast and move as any module does, but keep the bases at least float32."""
+        names = ('mu', 'mu_sum', 'n_images')
+        exact = [getattr(self, name).detach().clone() for name in names]
+        super()._apply(fn, *args, **kwargs)
+        for name, tensor in zip(names, exact, strict=True):
+            new = getattr(self, name)
+            if new.dtype in (torch.float16, torch.bfloat16):
+                new.data = tensor.to(new.device)
+        return self
+
+    def normalise(self, mu: Tensor) -> Tensor:
+        """Normalise each basis over its channels (section 5.3).
+
+        Args:
+            mu: (b, c, k).
+        """
+        if self.norm == 'l2':
+            return mu / (EPS + mu.norm(dim=1, keepdim=True))
+        if self.norm == 'layer_norm':
+            return F.layer_norm(mu.transpose(1, 2), mu.shape[1:2]).transpose(1, 2)
+        return mu
+
+    def expect(self, x: Tensor, mu: Tensor) -> Tensor:
+        """A_E, eq. 11 and 12: the responsibility of each basis for each pixel.
+
+        Args:
+            x: (b, n, c) features.
+            mu: (b, c, k) bases.
+
+        Returns:
+            z: (b, n, k), not negative, sums to 1 over the bases.
+        """
+        if self.kernel == 'dot':
+            z = (x @ mu).clamp(min=0) + EPS  # a pixel far from all is shared evenly
+            return z / z.sum(dim=2, keepdim=True)
+        if self.kernel == 'euclidean':
+            # |x - mu|^2 less |x|^2, which is the same for all bases and cancels
+            return F.softmax(self.scale * (2 * x @ mu - mu.square().sum(1, True)), 2)
+        return F.softmax(self.scale * (x @ mu), dim=2)
+
+    def maximise(self, x: Tensor, z: Tensor) -> Tensor:
+        """A_M, eq. 13: the bases that the responsibilities make, normalised.
+
+        Args:
+            x: (b, n, c) features.
+            z: (b, n, k) responsibilities.
+
+        Returns:
+            mu: (b, c, k).
+        """
+        z = z / (EPS + z.sum(dim=1, keepdim=True))
+        return self.normalise(x.transpose(1, 2) @ z)
+
+    def reconstruct(self, z: Tensor, mu: Tensor) -> Tensor:
+        """A_R, eq. 14: each pixel as the mixture of bases responsible for it.
+
+        Args:
+            z: (b, n, k) responsibilities.
+            mu: (b, c, k) bases.
+
+        Returns:
+            (b, n, c).
+        """
+        return z @ mu.transpose(1, 2)
+
+    def iterate(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run T times A_E and A_M, each image from the kept bases.
+
+        Args:
+            x: (b, n, c) features.
+
+        Returns:
+            (mu, zs): the last bases (b, c, k), and the responsibilities (b, n, k) of
+            each iteration.
+        """
+        stages = self.stages if self.training else self.eval_stages
+        mu = self.mu.expand(len(x), -1, -1)                        # (b, c, k)
+        zs = []
+        for t in range(1, stages + 1):
+            has_grad = self.gradient == 'full' or self.gradient == 'last' and t == stages
+            with torch.set_grad_enabled(torch.is_grad_enabled() and has_grad):
+                z = self.expect(x, mu)                             # (b, n, k)
+                mu = self.maximise(x, z)                           # (b, c, k)
+            zs.append(z)
+        return mu, zs
+
+    def forward(self, x: Tensor, return_z: bool = False
+                ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Apply the unit.
+
+        Args:
+            x: (b, c, h, w) features.
+            return_z: return the responsibilities too.
+
+        Returns:
+            (b, c, h, w), not negative; with `return_z` a pair of it and a list of T
+            tensors (b, n, k), the responsibilities of each iteration, the pixels in
+            reading order: z.unflatten(1, (h, w)) is a map.
+        """
+        identity, size = x, x.shape[2:]
+        has_grad = torch.is_grad_enabled() and self.gradient != 'none'
+        with torch.set_grad_enabled(has_grad):
+            if self.conv1 is not None:
+                x = self.conv1(x)
+            x = x.flatten(2).transpose(1, 2)                       # (b, n, c)
+            with in_full_precision(x.device.type):
+                x = at_least_float32(x)
+                mu, zs = self.iterate(x)
+                y = self.reconstruct(zs[-1], mu)                   # (b, n, c)
+        if self.training and self.update == 'moving_average':
+            self.mu_sum += mu.detach().sum(0, keepdim=True)
+            self.n_images += len(mu)
+            if self.auto_update:
+                self.update_bases()
+        y = y.to(identity.dtype).transpose(1, 2).unflatten(2, size)  # (b, c, h, w)
+        y = F.relu(self.conv2(F.relu(y)) + identity)
+        return (y, zs) if return_z else y
+
+    @torch.no_grad()
+    def update_bases(self, is_sound: Tensor | bool = True) -> None:
+        """Move the kept bases towards the mean of mu^(T), eq. 15.
+
+        The mean is over all images since the last call, of all ranks where
+        torch.distributed runs; so every rank ends with the same bases.
+
+        Args:
+            is_sound: where this is False the bases stay as they were.
+        """
+        if self.update != 'moving_average':
+            return
+        total = torch.cat([self.mu_sum.flatten(), self.n_images])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        mean = total[:-1].view_as(self.mu) / total[-1]             # (1, c, k)
+        if self.renorm:
+            mean = self.normalise(mean)
+        mu = self.momentum * self.mu + (1 - self.momentum) * mean
+        is_sound = torch.as_tensor(is_sound, device=mu.device)
+        self.mu.copy_(torch.where(is_sound, mu, self.mu))
+        self.mu_sum.zero_()
+        self.n_images.zero_()
+
+
+class EMAHead(nn.Module):
+    """fc0, the EM attention unit, fc1 with dropout, and the classifier fc2.
+
+    Args:
+        n_in: channels of the backbone's last features.
+        n_classes: of the logits.
+        channels: of fc0 and the unit.
+        fc1_channels: of fc1; 0 leaves fc1 and its dropout out (the paper's Table 1).
+        dropout: share of fc1's channels dropped while training.
+        bn_momentum: of every batch norm.
+        unit: the other arguments of EMAU.
+    """
+
+    def __init__(self, n_in: int, n_classes: int, channels: int = 512,
+                 fc1_channels: int = 256, dropout: float = 0.1,
+                 bn_momentum: float = 3e-4, **unit):
+        super().__init__()
+        self.fc0 = ConvBNReLU(n_in, channels, 3, bn_momentum=bn_momentum)
+        self.emau = EMAU(channels, bn_momentum=bn_momentum, **unit)
+        self.fc1 = (ConvBNReLU(channels, fc1_channels, 3, bn_momentum=bn_momentum)
+                    if fc1_channels else nn.Identity())
+        self.dropout = nn.Dropout2d(dropout if fc1_channels else 0.0)
+        self.fc2 = nn.Conv2d(fc1_channels or channels, n_classes, 1)
+
+    def forward(self, feats: list[Tensor]) -> Tensor:
+        """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
+        x = self.emau(self.fc0(feats[-1]))
+        return self.fc2(self.dropout(self.fc1(x)))
+
+    def update_bases(self, is_sound: Tensor | bool = True) -> None:
+        """Move the unit's bases after a whole batch: see EMAU.update_bases."""
+        self.emau.update_bases(is_sound)
+
+
+def sum_cross_entropy(logits: Tensor, labels: Tensor, ignored: int = 255) -> Tensor:
+    """Sum the cross-entropy over the valid pixels of each image.
+
+    Args:
+        logits: (b, classes, h, w).
+        labels: (b, h, w), 0 .. classes - 1 or `ignored`.
+
+    Returns:
+        (b,) in at least float32.
+    """
+    loss = F.cross_entropy(at_least_float32(logits), labels.long(), reduction='none',
+                           ignore_index=ignored)                   # (b, h, w)
+    return loss.sum((1, 2))
+
+
+class Segmenter(nn.Module):
+    """Backbone, head and loss: from the bytes of an image to its logits.
+
+    Args:
+        backbone: images (b, 3, h, w) -> list of features.
+        head: list of features -> logits (b, classes, h/os, w/os).
+        stride: os, pixels of the image per feature.
+        mean, std: of the pixels in 0..1, for each of red, green and blue.
+        loss: (logits, labels) -> (b,), the sum over each image's valid pixels.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, stride: int,
+                 mean: tuple[float, ...], std: tuple[float, ...],
+                 loss: Callable[[Tensor, Tensor], Tensor] = sum_cross_entropy):
+        super().__init__()
+        self.backbone, self.head, self.stride, self.loss = backbone, head, stride, loss
+        self.register_buffer('mean', 255 * torch.tensor(mean).view(1, 3, 1, 1), False)
+        self.register_buffer('std', 255 * torch.tensor(std).view(1, 3, 1, 1), False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bytes (b, 3, h, w) uint8 -> floats of mean 0 and deviation 1."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def forward(self, images: Tensor, labels: Tensor | None = None
+                ) -> Tensor | tuple[Tensor, Tensor]:
+        """Segment images, and score them where labels are given.
+
+        Args:
+            images: (b, 3, h, w), uint8, or floating point: normalised already.
+            labels: (b, h, w), class indices or 255.
+
+        Returns:
+            Without labels the logits (b, classes, h, w) in at least float32. With
+            labels (losses, logits): the cross-entropy summed over each image's valid
+            pixels (b,), and the logits (b, classes, h/os, w/os) before upsampling.
+        """
+        x = self.normalise(images) if images.dtype == torch.uint8 else images
+        small = self.head(self.backbone(x))                # (b, classes, h/os, w/os)
+        logits = F.interpolate(at_least_float32(small), images.shape[2:],
+                               mode='bilinear', align_corners=True)
+        if labels is None:
+            return logits
+        return self.loss(logits, labels), small
+
+    def update_bases(self, is_sound: Tensor | bool = True) -> None:
+        """Update what the head keeps besides weights, after a whole batch."""
+        if hasattr(self.head, 'update_bases'):
+            self.head.update_bases(is_sound)
+
+
+def build(n_classes: int, is_eval: bool = False) -> Segmenter:
+    """Build the network of settings.py, with random weights.
+
+    Args:
+        n_classes: of the data set.
+        is_eval: take the output stride of evaluation, and be in evaluation mode.
+
+    Raises:
+        ValueError: in a sentence, for settings that do not go together.
+    """
+    if settings.HEAD != 'ema':
+        raise ValueError(f'HEAD={settings.HEAD} is unknown: the only head is ema')
+    stem = 'deep' if settings.STEM == 'auto' else settings.STEM
+    stride = is_eval and settings.EVAL_STRIDE or settings.STRIDE
+    backbone = ResNet(settings.N_LAYERS, stem, stride, settings.MULTI_GRID,
+                      settings.BN_MOM)
+    head = EMAHead(
+        backbone.channels[-1], n_classes, settings.HEAD_CHANNELS, settings.FC1_CHANNELS,
+        settings.DROPOUT, settings.BN_MOM, bases=settings.N_BASES,
+        stages=settings.STAGE_NUM, eval_stages=settings.EVAL_STAGE_NUM,
+        scale=settings.EM_LAMBDA, kernel=settings.EM_KERNEL, norm=settings.EM_NORM,
+        update=settings.EM_UPDATE, gradient=settings.EM_GRADIENT,
+        momentum=settings.EM_MOM, renorm=settings.EM_RENORM, conv1=settings.EM_CONV1,
+        auto_update=False)
+    net = Segmenter(backbone, head, stride, settings.MEAN, settings.STD)
+    return net.train(not is_eval)
