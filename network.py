@@ -334,8 +334,19 @@ class Segmenter(nn.Module):
                  loss: Callable[[Tensor, Tensor], Tensor] = sum_cross_entropy):
         super().__init__()
         self.backbone, self.head, self.stride, self.loss = backbone, head, stride, loss
-        self.register_buffer('mean', 255 * torch.tensor(mean).view(1, 3, 1, 1), False)
-        self.register_buffer('std', 255 * torch.tensor(std).view(1, 3, 1, 1), False)
+        self.pixels = {'mean': mean, 'std': std}
+        for name in self.pixels:
+            self.register_buffer(name, torch.zeros(1, 3, 1, 1), False)
+        self._apply(lambda tensor: tensor)
+
+    def _apply(self, fn, *args, **kwargs):
+        """Cast and move as any module does; the constants are made anew, exactly."""
+        super()._apply(fn, *args, **kwargs)
+        for name, values in self.pixels.items():
+            old = getattr(self, name)
+            new = torch.tensor([255 * v for v in values], dtype=torch.float64)
+            setattr(self, name, new.to(old.dtype).to(old.device).view(1, 3, 1, 1))
+        return self
 
     def normalise(self, images: Tensor) -> Tensor:
         """Bytes (b, 3, h, w) uint8 -> floats of mean 0 and deviation 1."""

@@ -1,14 +1,11 @@
 """Draw "shapes", the embedded data set: small scenes of things on a shore.
 
-Owns the pictures, their labels and the names of the classes; `dataset.py` reads
-what this writes, in the folders and file formats of PASCAL VOC. Nothing is
-downloaded: a picture is a pure function of (seed, index), so every machine with the
-same numpy and Pillow draws the same pixels.
+Owns its pictures, labels and names of classes, and writes them as PASCAL VOC does.
+Nothing is downloaded: a picture is a pure function of (seed, index).
 
-A scene is sand beside a lake or sand beside a meadow. A duck and a goose come out of
-the very same code: the bird of a lake is a duck, the bird of a meadow is a goose. As
-it likes to stand on the sand, only the rest of the picture tells which it is, and a
-network has to look far to name it.
+A scene is sand beside a lake, or sand beside a meadow. The bird of a lake is a duck,
+the bird of a meadow is a goose, and one piece of code draws both. As they like to
+stand on the sand, a network has to look further to tell which it is.
 
     python prepare.py shapes
 """
@@ -23,54 +20,56 @@ from PIL import Image, ImageDraw, ImageFilter
 CLASSES = ('background', 'balloon', 'house', 'mushroom', 'parasol', 'pumpkin', 'star',
            'tree', 'duck', 'goose')
 VOID = 255  # the label of the border around every object, 2 pixels wide
-BOARD = 200  # side of the square on which an object is drawn before it is reduced
 
 
-# Objects: each paints its outline, colours and texture on a board of 200 x 200.
+# Objects: each paints its outline, colours and texture on a board of 200 x 200 pixels.
 
-def _hsl(rng, hues, saturation=(60, 90), lightness=(42, 58)):
+def _colour(rng, hues, saturation=(60, 90), lightness=(42, 58)):
     hue = rng.choice(hues) + rng.uniform(-9, 9)
-    return f'hsl({hue % 360:.0f},{rng.uniform(*saturation):.0f}%,' \
-           f'{rng.uniform(*lightness):.0f}%)'
+    saturation, lightness = rng.uniform(*saturation), rng.uniform(*lightness)
+    return f'hsl({hue % 360:.0f},{saturation:.0f}%,{lightness:.0f}%)'
 
 
-def _spin(n, radius, phase=0.0, centre=100):
-    """Return n points on a circle; radius may be n radii."""
-    angles = phase + 2 * np.pi * np.arange(n) / n
-    x, y = centre + radius * np.sin(angles), centre - radius * np.cos(angles)
-    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+def _spin(n, radii):
+    """Return n points round the middle of the board; radii is one number or n."""
+    angles = 2 * np.pi * np.arange(n) / n
+    points = 100 + np.stack([np.sin(angles), -np.cos(angles)]) * radii
+    return [(x, y) for x, y in points.T.tolist()]
 
 
 def _balloon(pen, rng):
-    colour = _hsl(rng, (0, 215, 280, 330))
+    colour = _colour(rng, (0, 215, 280, 330))
     pen.polygon([(100, 160), (82, 192), (118, 192)], colour)
     pen.ellipse((32, 8, 168, 172), colour)
     pen.ellipse((58, 32, 92, 82), 'hsl(0,0%,93%)')
 
 
 def _house(pen, rng):
-    wall = _hsl(rng, (25, 40), (20, 60), (55, 80))
-    mortar = _hsl(rng, (25,), (20, 30), (35, 50))
+    wall = _colour(rng, (25, 40), (20, 60), (55, 80))
+    mortar = _colour(rng, (25,), (20, 30), (35, 50))
     pen.rectangle((30, 90, 170, 190), wall)
     for row, y in enumerate(range(90, 190, 14)):
         pen.line((30, y, 170, y), mortar, 3)
         for x in range(30 + 14 * (row % 2), 170, 28):
             pen.line((x, y, x, min(y + 14, 190)), mortar, 3)
-    pen.polygon([(100, 10), (190, 92), (10, 92)], _hsl(rng, (5, 20, 215), (35, 70), (28, 42)))
+    roof = _colour(rng, (5, 20, 215), (35, 70), (28, 42))
+    pen.polygon([(100, 10), (190, 92), (10, 92)], roof)
     pen.rectangle((84, 134, 118, 190), 'hsl(25,50%,20%)')
     for x in (44, 130):
         pen.rectangle((x, 106, x + 28, 134), 'hsl(50,90%,75%)', 'white', 4)
 
 
 def _mushroom(pen, rng):
-    pen.rounded_rectangle((72, 90, 128, 190), 22, _hsl(rng, (40,), (25, 45), (75, 88)))
-    pen.chord((12, 14, 188, 210), 180, 360, _hsl(rng, (0, 20)))
-    for x, y, r in ((100, 42, 15), (55, 70, 13), (146, 72, 14), (100, 86, 10), (32, 98, 7)):
+    stem = _colour(rng, (40,), (25, 45), (75, 88))
+    pen.rounded_rectangle((72, 90, 128, 190), 22, stem)
+    pen.chord((12, 14, 188, 210), 180, 360, _colour(rng, (0, 20)))
+    dots = (100, 42, 15), (55, 70, 13), (146, 72, 14), (100, 86, 10), (32, 98, 7)
+    for x, y, r in dots:
         pen.ellipse((x - r, y - r, x + r, y + r), 'hsl(45,60%,93%)')
 
 
 def _parasol(pen, rng):
-    colours = _hsl(rng, (0, 50, 140, 215)), 'hsl(45,60%,92%)'
+    colours = _colour(rng, (0, 50, 140, 215)), 'hsl(45,60%,92%)'
     rim = _spin(10, 92.0)
     for i in range(10):
         pen.polygon([(100, 100), rim[i], rim[(i + 1) % 10]], colours[i % 2])
@@ -78,7 +77,7 @@ def _parasol(pen, rng):
 
 
 def _pumpkin(pen, rng):
-    pen.rectangle((88, 14, 112, 60), _hsl(rng, (100,), (35, 55), (22, 34)))
+    pen.rectangle((88, 14, 112, 60), _colour(rng, (100,), (35, 55), (22, 34)))
     hue, light = rng.uniform(15, 38), rng.uniform(44, 54)
     for half, shift in ((92, 0), (66, 5), (42, -5), (17, 5)):  # the ribs, outside in
         colour = f'hsl({hue:.0f},88%,{light + shift:.0f}%)'
@@ -87,29 +86,29 @@ def _pumpkin(pen, rng):
 
 def _star(pen, rng):
     radii = np.tile((96.0, rng.uniform(44, 54)), 5)
-    pen.polygon(_spin(10, radii), _hsl(rng, (20, 48, 55)))
+    pen.polygon(_spin(10, radii), _colour(rng, (20, 48, 55)))
     for radius in (20.0, 42.0, 64.0):
         for x, y in _spin(5, radius):
             pen.ellipse((x - 5, y - 5, x + 5, y + 5), 'hsl(45,80%,85%)')
 
 
 def _tree(pen, rng):
-    pen.rectangle((84, 150, 116, 196), _hsl(rng, (25,), (35, 55), (22, 34)))
+    pen.rectangle((78, 150, 122, 196), _colour(rng, (25,), (35, 55), (22, 34)))
     hue, light = rng.uniform(95, 165), rng.uniform(20, 32)
-    for top, bottom, half in ((84, 168, 84), (46, 122, 66), (4, 78, 48)):
+    for top, bottom, half in ((76, 172, 92), (38, 126, 76), (4, 82, 58)):
         light += 4
         colour = f'hsl({hue:.0f},50%,{light:.0f}%)'
         pen.polygon([(100, top), (100 + half, bottom), (100 - half, bottom)], colour)
 
 
 def _bird(pen, rng):
-    colour = _hsl(rng, (35, 210), (5, 25), (75, 94))
+    colour = _colour(rng, (35, 210), (5, 25), (75, 94))
     pen.polygon([(150, 60), (196, 66), (152, 82)], 'hsl(32,95%,50%)')
     pen.polygon([(4, 88), (70, 120), (60, 170)], colour)
     pen.polygon([(104, 60), (156, 70), (150, 150), (80, 120)], colour)
     pen.ellipse((22, 92, 162, 190), colour)
     pen.ellipse((100, 26, 162, 94), colour)
-    pen.chord((44, 88, 128, 164), 20, 190, _hsl(rng, (30, 210), (15, 35), (35, 55)))
+    pen.chord((44, 88, 128, 164), 20, 190, _colour(rng, (30, 210), (15, 35), (35, 55)))
     pen.ellipse((132, 46, 146, 60), 'black')
 
 
@@ -120,18 +119,18 @@ STOCK = ((_balloon, 40), (_house, 15), (_mushroom, 30), (_parasol, 180), (_pumpk
 
 
 def _sprite(rng, paint, turn):
-    """Return an object as (RGB in 0..1, coverage in 0..1), about 34 to 102 across."""
-    board = Image.new('RGBA', (BOARD, BOARD))
+    """Return an object (h, w, RGBA) in 0..1, about 36 to 100 pixels across."""
+    board = Image.new('RGBA', (200, 200))
     paint(ImageDraw.Draw(board), rng)
     if rng.random() < 0.5:
         board = board.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    board = board.rotate(rng.uniform(-turn, turn), Image.Resampling.BILINEAR, expand=True)
+    angle = rng.uniform(-turn, turn)
+    board = board.rotate(angle, Image.Resampling.BILINEAR, expand=True)
     board = board.crop(board.getbbox())
-    across = 34 * 3 ** rng.random() * np.exp(rng.uniform(-.1, .1, 2))
+    across = 36 * 2.8 ** rng.random() * np.exp(rng.uniform(-.1, .1, 2))
     size = np.maximum(across * np.array(board.size) / max(board.size), 8).round()
     board = board.resize([int(n) for n in size], Image.Resampling.BOX)
-    pixels = np.asarray(board, np.float32) / 255
-    return pixels[..., :3], pixels[..., 3]
+    return np.asarray(board, np.float32) / 255
 
 
 # Grounds
@@ -169,37 +168,42 @@ def _ground(rng, h, w, is_lake):
 
 # Scenes
 
-def _blurred(field, radius):
-    image = Image.fromarray((field * 255).astype(np.uint8))
-    blurred = image.filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(blurred, np.float32) / 255
-
-
 def _moved(part, h, w, top, left):
-    """Return a canvas (h, w, ...) of zeros with part on it, cut at the edges."""
-    canvas = np.zeros((h, w, *part.shape[2:]), np.float32)
+    """Return a canvas (h, w, 4) of zeros with part on it, cut at the edges."""
+    canvas = np.zeros((h, w, 4), np.float32)
     y, x = max(top, 0), max(left, 0)
     part = part[y - top:h - top, x - left:w - left]
     canvas[y:y + part.shape[0], x:x + part.shape[1]] = part
     return canvas
 
 
-def _place(rng, colour, cover, things, areas, sand, is_bird):
-    """Return an object on the canvas, or None where it would hide others, or itself."""
+def _spots(rng, sprite, things, areas):
+    """Yield canvases with the sprite, and things with it, where no thing is hidden."""
     h, w = things.shape
-    spots = []
     for _ in range(8):
-        top, left = (int(rng.uniform(-.15 * c, n - .85 * c))
-                     for c, n in zip(cover.shape, (h, w), strict=True))
-        moved = _moved(cover, h, w, top, left)
-        after = np.where(moved > .5, len(areas), things)
-        seen = np.bincount(after.ravel(), minlength=len(areas) + 1)[1:]
-        if (seen > .55 * np.array([*areas[1:], (cover > .5).sum()])).all():
-            spots.append(((moved * sand).sum(), moved, after, top, left))
-    if not spots:
-        return None
-    _, moved, after, top, left = max(spots, key=lambda s: s[0]) if is_bird else spots[0]
-    return _moved(colour, h, w, top, left), moved, after
+        top, left = (int(rng.uniform(-.15 * part, whole - .85 * part))
+                     for part, whole in zip(sprite.shape[:2], (h, w), strict=True))
+        canvas = _moved(sprite, h, w, top, left)
+        after = np.where(canvas[..., 3] > .5, len(areas), things)
+        seen = np.bincount(after.ravel(), minlength=len(areas) + 1)
+        if (seen[1:] > .65 * np.array([*areas[1:], (sprite[..., 3] > .5).sum()])).all():
+            yield canvas, after
+
+
+def _lit(rng, image, canvas, slope):
+    """Return the image with the canvas's object on it, and the object's shadow."""
+    h, w, _ = image.shape
+    cover = canvas[..., 3]
+    soft = Image.fromarray((cover * 255).astype(np.uint8))
+    soft = np.asarray(soft.filter(ImageFilter.GaussianBlur(4)), np.float32) / 255
+    # The blurred outline, moved away from the sun, is the shadow; less the one moved
+    # towards the sun, it lights one side of the object and darkens the other.
+    soft = np.pad(soft, 5, mode='edge')
+    away = soft[:h, 5 - slope:w + 5 - slope]
+    towards = soft[10:, 5 + slope:w + 5 + slope]
+    image = image * (1 - .45 * away)[..., None]
+    light = 1 + .5 * (away - towards) + .05 * _noise(rng, h, w, h // 3, w // 3)
+    return image + cover[..., None] * (canvas[..., :3] * light[..., None] - image)
 
 
 def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +216,9 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The image (h, w, 3) uint8 RGB and its labels (h, w) uint8: positions in
         CLASSES, or VOID. h is 144..176 and w 176..208 pixels.
+
+    Raises:
+        ValueError: if the seed or the index is negative.
     """
     rng = np.random.default_rng((seed, index))
     h, w = int(rng.integers(144, 177)), int(rng.integers(176, 209))
@@ -220,26 +227,20 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     things = np.zeros((h, w), np.int64)  # 0 is the ground, then objects as they come
     names, areas = [0], [h * w]
     slope = int(rng.choice((-4, -2, 2, 4)))  # the sun: left or right, always above
-    for kind in rng.permutation(len(STOCK))[:rng.integers(5, 8)]:
+    for kind in rng.permutation(len(STOCK))[:rng.integers(5, 8)].tolist():
         paint, turn = STOCK[kind]
-        is_bird = paint is _bird
-        colour, cover = _sprite(rng, paint, turn)
-        placed = _place(rng, colour, cover, things, areas, sand, is_bird)
-        if placed is None:
+        sprite = _sprite(rng, paint, turn)
+        spots = list(_spots(rng, sprite, things, areas))
+        if not spots:
             continue
-        colour, moved, things = placed
-        names.append(CLASSES.index('duck' if is_lake else 'goose') if is_bird
-                     else int(kind) + 1)
-        areas.append((cover > .5).sum())
-        # The shadow falls on what is there already; the blurred outline, compared
-        # with itself a little further on, lights one side and darkens the other.
-        soft = _blurred(moved, 4)
-        soft = np.pad(soft, 5, mode='edge')
-        shaded = soft[:h, 5 - slope:w + 5 - slope]
-        lit = soft[10:, 5 + slope:w + 5 + slope]
-        image = image * (1 - .45 * shaded)[..., None]
-        light = 1 + .5 * (shaded - lit) + .05 * _noise(rng, h, w, h // 3, w // 3)
-        image = image + moved[..., None] * (colour * light[..., None] - image)
+        canvas, after = spots[0]
+        name = kind + 1
+        if paint is _bird:  # where there is most sand
+            canvas, after = max(spots, key=lambda spot: (spot[0][..., 3] * sand).sum())
+            name = CLASSES.index('duck' if is_lake else 'goose')
+        image, things = _lit(rng, image, canvas, slope), after
+        names.append(name)
+        areas.append((sprite[..., 3] > .5).sum())
     labels = np.array(names, np.uint8)[things]
     for axis in (0, 1):  # one pixel either side of every outline
         a, b = (labels, things) if axis == 0 else (labels.T, things.T)
@@ -255,7 +256,7 @@ def _photograph(rng, image):
     light = 1 + rng.uniform(-.15, .15) * y + rng.uniform(-.15, .15) * x
     light = rng.uniform(.8, 1.15) * light[..., None] * rng.uniform(.9, 1.1, 3)
     image = np.clip(image * light, 0, 1) ** rng.uniform(.85, 1.2)
-    blur = ImageFilter.GaussianBlur(rng.uniform(.2, .9))
+    blur = ImageFilter.GaussianBlur(rng.uniform(.2, .8))
     image = Image.fromarray((image * 255).astype(np.uint8)).filter(blur)
     noise = rng.uniform(2, 6) * rng.standard_normal((h, w, 3), np.float32)
     return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
@@ -263,7 +264,7 @@ def _photograph(rng, image):
 
 # Files
 
-def _save(path: Path, content: Image.Image | str, **options) -> None:
+def _save(path, content, **options):
     part = path.with_name(f'.{path.name}.{os.getpid()}')
     if isinstance(content, str):
         part.write_text(content)
@@ -297,22 +298,23 @@ def write(root: str | Path, n_train: int = 400, n_val: int = 100, seed: int = 0,
     if len(palette) != 768:
         raise ValueError(f'the palette has {len(palette)} numbers, expected 768: give '
                          'RGB of all 256 labels')
-    images, labels, lists = (Path(root, name) for name in (
-        'JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'))
-    for folder in (images, labels, lists):
-        folder.mkdir(parents=True, exist_ok=True)
+    root = Path(root)
+    for folder in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
+        (root / folder).mkdir(parents=True, exist_ok=True)
     ids = [f'shapes_{i:05d}' for i in range(1, n_train + n_val + 1)]
     for name in progress(ids):
-        jpg, png = images / f'{name}.jpg', labels / f'{name}.png'
+        jpg = root / 'JPEGImages' / f'{name}.jpg'
+        png = root / 'SegmentationClass' / f'{name}.png'
         if jpg.exists() and png.exists():
             continue
-        image, label = draw(seed, int(name.removeprefix('shapes_')))
+        image, labels = draw(seed, int(name.removeprefix('shapes_')))
         if not jpg.exists():
             _save(jpg, Image.fromarray(image), format='JPEG', quality=90)
         if not png.exists():
-            indexed = Image.fromarray(label)
-            indexed.putpalette(palette)  # the mode becomes P
-            _save(png, indexed, format='PNG')
-    for split, part in (('train', ids[:n_train]), ('val', ids[n_train:]),
-                        ('trainval', ids)):
-        _save(lists / f'{split}.txt', ''.join(f'{name}\n' for name in part))
+            labels = Image.fromarray(labels)
+            labels.putpalette(palette)  # the mode becomes P
+            _save(png, labels, format='PNG')
+    splits = {'train': ids[:n_train], 'val': ids[n_train:], 'trainval': ids}
+    for split, part in splits.items():
+        path = root / 'ImageSets/Segmentation' / f'{split}.txt'
+        _save(path, ''.join(f'{name}\n' for name in part))

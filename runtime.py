@@ -1,0 +1,374 @@
+"""The process around a script: command line, device, precision, seeds, log and errors.
+
+    python train.py RECIPE=demo STAGE_NUM=5 LR=0.02     # NAME=VALUE of settings.py
+"""
+import argparse
+import ast
+import contextlib
+import difflib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import recipes
+import settings
+
+HERE = Path(__file__).parent
+EXIT_USER = 2       # a sentence was printed: change something, then try again
+EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from it
+EXIT_CTRL_C = 130
+# These may differ between a run and its continuation: they do not change the result.
+FREE = ('RESUME', 'LOG_DIR', 'DATA_ROOT', 'MODEL_DIR', 'DEVICE', 'CHANNELS_LAST',
+        'COMPILE', 'N_WORKERS', 'LOG_EVERY', 'IMAGE_EVERY', 'EVAL_EVERY', 'ITER_SAVE',
+        'KEEP', 'CHECKPOINT', 'VAL_SPLIT', 'EVAL_STRIDE', 'EVAL_STAGE_NUM')
+
+
+# -- settings --------------------------------------------------------------------------
+
+def snapshot() -> dict[str, Any]:
+    """Return all settings as they are now, in the order of settings.py."""
+    return {name: value for name, value in vars(settings).items() if name.isupper()}
+
+
+def parse_value(name: str, text: str, default: Any) -> Any:
+    """Read one value, typed as its default is.
+
+    Args:
+        name: of the setting, for the message.
+        text: what stands after the first '='.
+        default: bool: true, false, 1 or 0. int: 6e5 too. tuple: 0.5,1.0 in brackets or
+            without. str: taken as it is.
+
+    Raises:
+        ValueError: in a sentence.
+    """
+    try:
+        if isinstance(default, bool):
+            return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+        if isinstance(default, int):
+            number = float(text)
+            if number != int(number):
+                raise ValueError
+            return int(text) if re.fullmatch(r'[+-]?\d+', text) else int(number)
+        if isinstance(default, float):
+            return float(text)
+        if isinstance(default, tuple):
+            parts = [p.strip() for p in text.strip('()[] ').split(',') if p.strip()]
+            if not parts:
+                raise ValueError
+            return tuple(parse_value(name, part, default[0]) for part in parts)
+        return text
+    except (KeyError, ValueError, OverflowError):
+        kind = {bool: 'true or false', int: 'a whole number', float: 'a number',
+                tuple: 'numbers with commas between'}[type(default)]
+        raise ValueError(f'{name}={text}: {kind} is expected, as in '
+                         f'{name}={show_value(default)}') from None
+
+
+def show_value(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    if isinstance(value, tuple):
+        return ','.join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def override(words: list[str]) -> dict[str, Any]:
+    """Apply NAME=VALUE words to settings: the recipe first, then the rest in order.
+
+    Returns:
+        The values of the words, the recipe's own settings not among them.
+
+    Raises:
+        ValueError: in a sentence, for an unknown name or recipe or a wrong type.
+    """
+    defaults, given = snapshot(), {}
+    for word in words:
+        name, equals, text = word.partition('=')
+        if not equals:
+            raise ValueError(f'{word!r} is not understood: settings are given as '
+                             'NAME=VALUE, options start with --, see --help')
+        given[name] = parse_value(name, text, defaults[known(name, defaults, 'setting')])
+    apply({**({'RECIPE': settings.RECIPE} if settings.RECIPE else {}), **given})
+    return given
+
+
+def apply(values: dict[str, Any]) -> None:
+    """Set settings from a mapping; the settings of its RECIPE are set before it."""
+    recipe = values.get('RECIPE', '')
+    if recipe:
+        recipe = recipes.RECIPES[known(recipe, recipes.RECIPES, 'recipe')]['settings']
+    for name, value in {**(recipe or {}), **values}.items():
+        setattr(settings, known(name, snapshot(), 'setting'), value)
+
+
+def known(name: str, names: Any, what: str) -> str:
+    """Return the name if it is among the names, else raise "did you mean"."""
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name.upper() if what == 'setting' else name,
+                                     list(names), n=1, cutoff=0.5)
+    hint = f'did you mean {near[0]}?' if near else f'--help lists every {what}'
+    raise ValueError(f'there is no {what} {name}: {hint}')
+
+
+def rewrite_settings(text: str, values: dict[str, Any]) -> str:
+    """Put values into the text of a settings.py; lines that stay equal stay verbatim.
+
+    Args:
+        text: of a settings.py.
+        values: of the names to set; names that the text does not have are left out.
+    """
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.Assign):
+            continue
+        name = node.targets[0].id
+        if name in values and values[name] != ast.literal_eval(node.value):
+            line, row = f'{name} = {values[name]!r}', node.lineno - 1
+            comment = lines[row][node.end_col_offset:].strip()
+            lines[row] = f'{line:<27} {comment}'.rstrip()
+    return '\n'.join(lines) + '\n'
+
+
+def settings_text() -> str:
+    """Return the settings of this run in the spelling and order of settings.py."""
+    return rewrite_settings((HERE / 'settings.py').read_text(), snapshot())
+
+
+# -- command line and errors -----------------------------------------------------------
+
+def read_command_line(doc: str, add_options: Callable | None = None
+                      ) -> argparse.Namespace:
+    """Read options and NAME=VALUE words, and apply the words to settings.
+
+    Called before torch is imported, so that --help answers at once. Exits with status
+    2 and a sentence where a word is wrong.
+
+    Args:
+        doc: the script's docstring.
+        add_options: called with the parser, adds what is special to the script.
+
+    Returns:
+        The options; `given` holds the values of the words.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='%(prog)s [options] [NAME=VALUE ...]',
+        epilog='settings and their defaults:\n' + ''.join(
+            f'  {line}\n' for line in (HERE / 'settings.py').read_text().splitlines()
+            if re.match(r'[A-Z]|# --', line)) + '\nrecipes:\n' + ''.join(
+            f'  RECIPE={name:18} {recipe["about"]}\n'
+            for name, recipe in recipes.RECIPES.items()))
+    parser.add_argument('words', nargs='*', metavar='NAME=VALUE',
+                        help='override a setting of settings.py')
+    if add_options:
+        add_options(parser)
+    args = parser.parse_intermixed_args()
+    try:
+        args.given = override(args.words)
+    except ValueError as error:
+        sys.exit(fail(str(error)))
+    return args
+
+
+def fail(sentence: str) -> int:
+    """Print an error and return the exit status for it."""
+    print(f'error: {sentence}', file=sys.stderr, flush=True)
+    return EXIT_USER
+
+
+def run(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace
+        ) -> None:
+    """Run a script's main and exit; an error that a user can cause is one sentence."""
+    try:
+        sys.exit(main(args) or 0)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_CTRL_C)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        sys.exit(fail(sentence))
+
+
+def explain(error: Exception) -> str | None:
+    """Return the sentence of an error that our own code raised on purpose, else None.
+
+    On purpose is: a ValueError or OSError from a `raise` statement in this folder,
+    also one that came out of a loader process as text.
+    """
+    if not isinstance(error, (ValueError, OSError)):
+        return None
+    if 'in DataLoader worker' in str(error):
+        frames = re.findall(r'File "([^"]+)", line \d+, in .+\n +(.*)', str(error))
+        file, code = frames[-1] if frames else ('', '')
+        sentence = str(error).strip().splitlines()[-1].partition(': ')[2]
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        file, code, sentence = frame.filename, frame.line or '', str(error)
+    is_ours = Path(file).resolve().parent == HERE.resolve()
+    return sentence if is_ours and code.startswith('raise ') else None
+
+
+class Signals:
+    """Remembers SIGTERM and Ctrl-C, so that the loop can end its step and save.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self):
+        self.exit_status = 0
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number, frame):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.exit_status = EXIT_STOPPED if number == signal.SIGTERM else EXIT_CTRL_C
+
+
+# -- device and precision --------------------------------------------------------------
+
+def pick_device():
+    """Return the torch.device of the setting DEVICE; auto: CUDA, then MPS, then CPU."""
+    import torch
+    name = settings.DEVICE
+    if name == 'auto':
+        has_mps = torch.backends.mps.is_available()
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'DEVICE={name} cannot be used here '
+                         f'({str(error).splitlines()[0]}): take auto or cpu') from error
+    return device
+
+
+def has_native_bf16(device) -> bool:
+    """Tell whether a device computes matrix products in bfloat16 in hardware."""
+    import torch
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == 'cpu' and Path('/proc/cpuinfo').exists():
+        flags = set(Path('/proc/cpuinfo').read_text().split())
+        return bool(flags & {'avx512_bf16', 'amx_bf16', 'bf16'})
+    return False
+
+
+def pick_precision(device) -> str:
+    """Return fp32, bf16 or fp16 of the setting PRECISION.
+
+    auto: bf16 where the device has it, otherwise fp16 on CUDA and fp32 elsewhere.
+    """
+    name = settings.PRECISION
+    if name == 'auto':
+        if has_native_bf16(device):
+            return 'bf16'
+        return 'fp16' if device.type == 'cuda' else 'fp32'
+    if name not in ('fp32', 'bf16', 'fp16'):
+        raise ValueError(f'PRECISION={name} is none of auto, fp32, bf16, fp16')
+    return name
+
+
+def autocast(device, precision: str) -> contextlib.AbstractContextManager:
+    """Return the context that computes in a precision; fp32 changes nothing."""
+    import torch
+    if precision == 'fp32':
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if precision == 'bf16' else torch.float16
+    return torch.autocast(device.type, dtype)
+
+
+def seed(*numbers: int) -> None:
+    """Seed torch's generators, as a function of some numbers (seed, step, rank)."""
+    import numpy as np
+    import torch
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+# -- log -------------------------------------------------------------------------------
+
+def describe_environment(device) -> dict[str, str]:
+    """Return versions, device and state of the source, as text."""
+    import numpy
+    import PIL
+    import torch
+    import torchvision
+
+    def git(*words):
+        done = subprocess.run(['git', '-C', str(HERE), *words], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return done.stdout.strip()
+
+    name = (torch.cuda.get_device_name(device) if device.type == 'cuda' else
+            f'{platform.processor() or platform.machine()}, '
+            f'{torch.get_num_threads()} threads')
+    try:
+        source = git('rev-parse', '--short', 'HEAD')
+        source += ', changed' if source and git('status', '--porcelain') else ''
+    except OSError:  # no git on this machine
+        source = ''
+    return {'command': ' '.join(sys.argv), 'host': platform.node(), 'device': name,
+            'python': platform.python_version(), 'torch': str(torch.__version__),
+            'torchvision': torchvision.__version__, 'numpy': numpy.__version__,
+            'pillow': PIL.__version__, 'source': source or 'not under git',
+            'started': time.strftime('%Y-%m-%d %H:%M:%S')}
+
+
+class Log:
+    """The console, `log.txt`, and `log.jsonl` with one row of numbers a line.
+
+    Args:
+        folder: is made if it is not there.
+        step: rows after this step, of a run that was cut off, are taken out.
+    """
+
+    def __init__(self, folder: str, step: int = 0):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = self.folder / 'log.jsonl'
+        if rows.exists():
+            kept = [line for line in rows.read_text().splitlines(True)
+                    if is_row_until(line, step)]
+            write_text(rows, ''.join(kept))
+        self.text = open(self.folder / 'log.txt', 'a', buffering=1)
+        self.rows = open(rows, 'a', buffering=1)
+
+    def line(self, text: str, is_shown: bool = True) -> None:
+        """Write a line to log.txt, and to the console."""
+        if is_shown:
+            from tqdm import tqdm
+            tqdm.write(text)
+            sys.stdout.flush()
+        self.text.write(text + '\n')
+
+    def row(self, **values) -> None:
+        """Write a row of numbers to log.jsonl."""
+        self.rows.write(json.dumps(values) + '\n')
+
+
+def is_row_until(line: str, step: int) -> bool:
+    """Tell whether a line of log.jsonl is whole and of a step up to `step`."""
+    try:
+        return json.loads(line).get('step', 0) <= step
+    except ValueError:
+        return False
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,384 @@
+"""Train the network of settings.py; the same command resumes a run that was stopped.
+
+    python train.py                                  # the released recipe
+    python train.py N_LAYERS=50 STRIDE=16 LOG_DIR=runs/r50
+
+Everything a run writes is in LOG_DIR: latest.pth, step_N.pth, best.pth, final.pth,
+settings.txt, log.txt, log.jsonl and TensorBoard's events.
+"""
+import runtime
+
+if __name__ == '__main__':
+    args = runtime.read_command_line(__doc__)  # before the slow imports
+
+import argparse
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import backbone
+import checkpoint
+import dataset
+import inference
+import metric
+import network
+import settings
+
+
+def poly_rate(step: int) -> float:
+    """Return the learning rate of a step, 1 .. ITER_MAX, as settings say.
+
+    LR * (1 - step / ITER_MAX) ** LR_POWER, refreshed every LR_EVERY steps.
+    """
+    refreshed = step - step % settings.LR_EVERY
+    return settings.LR * (1 - refreshed / settings.ITER_MAX) ** settings.LR_POWER
+
+
+def group_parameters(net: nn.Module) -> list[dict]:
+    """Sort the trained parameters into the recipe's three groups.
+
+    Returns:
+        Groups for the optimizer: the convolutions' weights, with decay; other weights
+        (of batch norm, and bases that are trained), without; all biases, without decay
+        and with `times`, the factor of their rate.
+    """
+    weights, others, biases = [], [], []
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                is_conv = isinstance(module, nn.Conv2d)
+                (biases if name == 'bias' else weights if is_conv else others).append(p)
+    return [{'params': weights, 'weight_decay': settings.WEIGHT_DECAY, 'times': 1.0},
+            {'params': others, 'weight_decay': 0.0, 'times': 1.0},
+            {'params': biases, 'weight_decay': 0.0, 'times': settings.BIAS_LR}]
+
+
+class Session:
+    """One run: the network, its optimizer, and the number of steps done.
+
+    Args:
+        n_classes: of the data set.
+        device: where it is computed.
+
+    Raises:
+        ValueError: in a sentence, for settings that do not go together.
+    """
+
+    def __init__(self, n_classes: int, device: torch.device):
+        check_settings()
+        self.step, self.device, self.n_classes = 0, device, n_classes
+        self.precision = runtime.pick_precision(device)
+        runtime.seed(settings.SEED)
+        self.raw = network.build(n_classes).to(device)
+        if settings.CHANNELS_LAST:
+            self.raw.to(memory_format=torch.channels_last)
+        self.net = torch.compile(self.raw) if settings.COMPILE else self.raw
+        # The fused kernels skip the update on the device where found_inf says so.
+        self.optimizer = torch.optim.SGD(group_parameters(self.raw), lr=settings.LR,
+                                         momentum=settings.LR_MOM, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type,
+                                           enabled=self.precision == 'fp16')
+        self.first_bad = torch.zeros((), dtype=torch.int64, device=device)
+        self.best, self.seconds, self.weights = 0.0, 0.0, ''
+
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Do one step on a batch.
+
+        Args:
+            images: (b, 3, c, c) uint8.
+            labels: (b, c, c) uint8.
+
+        Returns:
+            The loss of each image (b,), whose mean is the loss that was minimised, and
+            the logits (b, classes, h/os, w/os), both detached.
+        """
+        self.step += 1
+        for group in self.optimizer.param_groups:
+            group['lr'] = group['times'] * poly_rate(self.step)
+        runtime.seed(settings.SEED, self.step)  # of the dropout
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        n_pixels = labels.numel()
+        if settings.LOSS_NORM == 'valid':
+            n_pixels = (labels != dataset.IGNORED).sum().clamp(min=1)
+
+        # Forward and backward, a part of the batch at a time.
+        losses, logits = [], []
+        for x, y in zip(images.chunk(settings.ACCUMULATE),
+                        labels.chunk(settings.ACCUMULATE), strict=True):
+            with runtime.autocast(self.device, self.precision):
+                part, small = self.net(x, y)                # (b,), (b, classes, h, w)
+            self.scaler.scale(part.sum() / n_pixels).backward()
+            losses.append(part.detach() * (len(images) / n_pixels))
+            logits.append(small.detach())
+        losses, logits = torch.cat(losses), torch.cat(logits)
+
+        # A step whose loss or gradient is not finite changes neither weights nor bases.
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.raw.parameters(),
+                                        settings.CLIP_GRAD or math.inf)
+        is_sound = losses.isfinite().all() & (self.first_bad == 0)
+        if not self.scaler.is_enabled():  # it is used to infinite gradients
+            is_sound &= norm.isfinite()
+            self.optimizer.found_inf = (~is_sound).float()
+        self.first_bad += torch.where(is_sound | (self.first_bad > 0), 0, self.step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.raw.update_bases(is_sound)
+        self.norm = norm
+        return losses, logits
+
+    def state(self, is_final: bool = False) -> dict:
+        """Return what a checkpoint holds; the final one has no optimizer."""
+        run = {'n_classes': self.n_classes, 'best': self.best, 'seconds': self.seconds,
+               'precision': self.precision, 'weights': self.weights,
+               'given': self.given, 'environment': self.environment}
+        content = {'net': self.raw.state_dict(), 'step': self.step,
+                   'settings': runtime.snapshot(), 'run': run}
+        if not is_final:
+            content['optimizer'] = self.optimizer.state_dict()
+            content['scaler'] = self.scaler.state_dict()
+        return content
+
+    given: dict = {}        # values of the command line, for eval.py
+    environment: dict = {}  # versions, device, source
+
+    def restore(self, content: dict, path) -> None:
+        """Go on from a checkpoint of this project."""
+        if 'optimizer' not in content:
+            raise ValueError(f'{path} holds no optimizer, so training cannot go on '
+                             'from it: give a latest.pth or step_N.pth')
+        checkpoint.load_net(self.raw, content['net'], path)
+        self.optimizer.load_state_dict(content['optimizer'])
+        self.scaler.load_state_dict(content['scaler'])
+        self.step, run = content['step'], content['run']
+        self.best, self.seconds = run['best'], run['seconds']
+        self.weights = run['weights']
+
+
+def check_settings() -> None:
+    """Refuse settings that cannot be trained, each in a sentence."""
+    s = settings
+    for name in ('BATCH_SIZE', 'ACCUMULATE', 'ITER_MAX', 'LR_EVERY', 'LOG_EVERY',
+                 'ITER_SAVE', 'CROP_SIZE'):
+        if getattr(s, name) < 1:
+            raise ValueError(f'{name}={getattr(s, name)}: at least 1 is expected')
+    if s.BATCH_SIZE % s.ACCUMULATE:
+        raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE} cannot be computed in ACCUMULATE='
+                         f'{s.ACCUMULATE} equal parts: make one divide the other')
+    if s.LOSS_NORM not in ('all', 'valid'):
+        raise ValueError(f'LOSS_NORM={s.LOSS_NORM} is none of all, valid')
+    if min(s.SCALES) <= 0:
+        raise ValueError(f'SCALES={s.SCALES}: scales above 0 are expected')
+
+
+def compare_settings(recorded: dict, path) -> list[str]:
+    """Return a line for each setting that a resumed run would silently change.
+
+    Raises:
+        ValueError: where there are such, unless RESUME=force.
+    """
+    lines = [f'{name} = {recorded[name]!r} then, {value!r} now'
+             for name, value in runtime.snapshot().items()
+             if name in recorded and recorded[name] != value
+             and name not in runtime.FREE and (name, value) != ('STEM', 'auto')]
+    if lines and settings.RESUME != 'force':
+        raise ValueError(f'{path} was trained with other settings ({"; ".join(lines)}):'
+                         ' set them back, go on all the same with RESUME=force, or '
+                         'start over after `sh clean.sh`')
+    return lines
+
+
+def validate(session: Session, log: runtime.Log) -> None:
+    """Score the validation split and keep the best weights in best.pth."""
+    loader = dataset.eval_loader(dataset.open_split('val'))
+    session.raw.eval()
+    with runtime.autocast(session.device, session.precision):
+        matrix = metric.evaluate(
+            lambda image: inference.predict_logits(session.net, image, session.raw),
+            tqdm(loader, 'validation', leave=False, disable=None), session.n_classes)
+    session.raw.train()
+    miou = metric.score(matrix)['mIoU']
+    log.line(f'step {session.step}: validation mIoU {miou:.4f}')
+    log.row(kind='validation', step=session.step, mIoU=miou)
+    log.board.add_scalar('validation/mIoU', miou, session.step)
+    if miou > session.best:
+        session.best = miou
+        checkpoint.save(session.state(is_final=True), log.folder / 'best.pth')
+
+
+def draw_samples(board, facts: dict, images: Tensor, labels: Tensor, logits: Tensor,
+                 step: int) -> None:
+    """Put input, truth and prediction of up to three samples into TensorBoard."""
+    size = images.shape[2:]
+    found = nn.functional.interpolate(logits[:3].float(), size, mode='bilinear',
+                                      align_corners=True).argmax(1).cpu()
+    for i in range(len(found)):
+        row = torch.cat([images[i].permute(1, 2, 0),
+                         dataset.colour(labels[i], facts['palette']),
+                         dataset.colour(found[i], facts['palette'])], 1)
+        board.add_image(f'input, truth, prediction/{i}', row.numpy(), step,
+                        dataformats='HWC')
+
+
+def check_sound(session: Session, sampler: dataset.StepSampler, folder: dataset.Folder
+                ) -> None:
+    """Raise where a step since the last check was not finite.
+
+    Raises:
+        ValueError: names the step and the pictures of it.
+    """
+    step = int(session.first_bad)
+    if step:
+        names = ', '.join(folder.ids[i] for _, i in sampler.places(step - 1))
+        raise ValueError(
+            f'the loss or its gradient was not finite at step {step}, and no weight was '
+            f'changed since (pictures: {names}): look at these, lower LR, set '
+            'CLIP_GRAD=1 or PRECISION=fp32; the last checkpoint is in '
+            f'{settings.LOG_DIR}')
+
+
+def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Log
+          ) -> int:
+    """Train until ITER_MAX or a signal; return the exit status."""
+    signals = runtime.Signals()
+    loader = dataset.train_loader(folder, session.step, settings.ITER_MAX,
+                                  session.device.type)
+    sampler = loader.batch_sampler
+    bar = tqdm(total=settings.ITER_MAX, initial=session.step, unit='step', disable=None,
+               dynamic_ncols=True)
+    save_every = max(settings.ITER_SAVE // 10, 1)
+    began = mark = time.perf_counter()
+    waited, done, total = 0.0, session.step, torch.zeros((), device=session.device)
+    before = session.seconds
+    for images, labels in loader:
+        waited += time.perf_counter() - mark
+        losses, logits = session.train_step(images, labels)
+        step = session.step
+        total += losses.mean()
+        is_last = step == settings.ITER_MAX or signals.exit_status
+        is_logged = step % settings.LOG_EVERY == 0 or is_last
+        is_saved = step % save_every == 0 or is_last
+        is_validated = settings.EVAL_EVERY and (step % settings.EVAL_EVERY == 0)
+        if is_logged or is_saved or is_validated:
+            check_sound(session, sampler, folder)  # here the host waits for the device
+            session.seconds = before + time.perf_counter() - began
+        if is_logged:
+            taken, n = session.seconds - before, step - done
+            report_step(session, log, bar, total.item() / n, taken, waited, n)
+            waited, done = 0.0, step
+            total.zero_()
+            before, began = session.seconds, time.perf_counter()
+        if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0:
+            draw_samples(log.board, facts, images, labels, logits, step)
+        if is_validated:
+            validate(session, log)
+        if is_saved:
+            content = session.state()
+            checkpoint.save(content, log.folder / 'latest.pth')
+            if step % settings.ITER_SAVE == 0:
+                checkpoint.save(content, log.folder / f'step_{step}.pth')
+                checkpoint.remove_old(log.folder, settings.KEEP)
+        bar.update()
+        if signals.exit_status:
+            break
+        mark = time.perf_counter()
+    bar.close()
+    return signals.exit_status if session.step < settings.ITER_MAX else 0
+
+
+def report_step(session, log, bar, loss: float, taken: float, waited: float, n: int
+                ) -> None:
+    """Write the means over the last n steps to bar, log.txt, log.jsonl, TensorBoard."""
+    speed = n * settings.BATCH_SIZE / taken
+    rate = poly_rate(session.step)
+    bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+    left = (settings.ITER_MAX - session.step) * taken / n
+    log.line(f'step {session.step}/{settings.ITER_MAX}  loss {loss:.4f}  '
+             f'rate {rate:.2e}  {speed:.1f} images/s  {left / 60:.0f} min left',
+             is_shown=bar.disable)
+    log.row(kind='train', step=session.step, loss=loss, rate=rate,
+            gradient_norm=session.norm.item(), images_per_s=speed,
+            waiting_for_data=waited / taken)
+    log.board.add_scalar('train/loss', loss, session.step)
+    log.board.add_scalar('train/rate', rate, session.step)
+    log.board.add_scalar('train/gradient_norm', session.norm.item(), session.step)
+    log.board.add_scalar('train/images_per_s', speed, session.step)
+
+
+def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
+    """Build a run, new or resumed, and open its log with all that describes it.
+
+    Args:
+        given: values of the command line.
+    """
+    from tensorboardX import SummaryWriter
+    check_settings()
+    facts = dataset.get_facts()
+    folder = dataset.open_split('train')
+    device = runtime.pick_device()
+    content, path, lines = checkpoint.load_newest(settings.LOG_DIR)
+    if content:
+        lines += compare_settings(content['settings'], path)
+        settings.STEM = content['settings']['STEM']
+        session = Session(len(facts['classes']), device)
+        session.restore(content, path)
+        lines.append(f'resuming {path} after step {session.step}')
+        if content['run']['precision'] != session.precision:
+            lines.append(f'precision is {session.precision} now, it was '
+                         f'{content["run"]["precision"]}')
+    else:
+        settings.STEM, source, line = backbone.choose_weights(
+            settings.PRETRAINED, settings.STEM, settings.N_LAYERS, settings.MODEL_DIR)
+        session = Session(len(facts['classes']), device)
+        lines.append(line)
+        session.weights = line
+        if source:
+            lines.append(backbone.load_weights(session.raw.backbone, source,
+                                               settings.MODEL_DIR))
+        elif (seen := 1 - (1 - settings.BN_MOM) ** settings.ITER_MAX) < 0.9:
+            lines.append(f'note: with BN_MOM={settings.BN_MOM} the running statistics '
+                         f'forget only {seen:.0%} of their initial values in ITER_MAX='
+                         f'{settings.ITER_MAX} steps: set BN_MOM=0.1 to train from '
+                         'scratch')
+    session.given = given
+    session.environment = runtime.describe_environment(device)
+    log = runtime.Log(settings.LOG_DIR, session.step)
+    for left_over in log.folder.glob('*.tmp'):
+        left_over.unlink()
+    log.board = SummaryWriter(settings.LOG_DIR, purge_step=session.step + 1)
+    runtime.write_text(log.folder / 'settings.txt', runtime.settings_text())
+    log.line(runtime.settings_text(), is_shown=False)
+    log.line('\n'.join(f'{k}: {v}' for k, v in session.environment.items()))
+    log.line(f'data: {settings.DATASET}, {len(folder)} images of list {folder.split} in '
+             f'{folder.images.parent}, masks in {folder.labels.name}')
+    log.line(f'precision: {session.precision}; batch: {settings.BATCH_SIZE} crops of '
+             f'{settings.CROP_SIZE}; log: {settings.LOG_DIR}')
+    for line in lines:
+        log.line(line)
+    return session, folder, facts, log
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train, save the final weights, and return the exit status."""
+    session, folder, facts, log = start(args.given)
+    if session.step >= settings.ITER_MAX:
+        log.line(f'this run is finished (step {session.step}): evaluate it with python '
+                 'eval.py, or start over after `sh clean.sh`')
+        return 0
+    status = train(session, folder, facts, log)
+    if status:
+        log.line(f'stopped after step {session.step}; the same command goes on')
+        return status
+    checkpoint.save(session.state(is_final=True), log.folder / 'final.pth')
+    log.line(f'finished after {session.seconds / 60:.1f} minutes: '
+             f'{log.folder / "final.pth"}')
+    return 0
+
+
+if __name__ == '__main__':
+    runtime.run(main, args)
