@@ -218,9 +218,9 @@ def choose_weights(pretrained: str, stem: str, n_layers: int, model_dir: str
             wanted = (f'put {deep_name} of PyTorch-Encoding into {folder}/' if deep_name
                       else 'no such file is published for this depth')
             raise FileNotFoundError(
-                f'no ImageNet weights of ResNet-{n_layers} with the deep stem: {wanted} '
-                f'(found there: {found}), or take STEM=plain for torchvision\'s '
-                'weights, or PRETRAINED=none')
+                f'no ImageNet weights of ResNet-{n_layers} with the deep stem: '
+                f'{wanted} (found there: {found}), or take STEM=plain for '
+                'torchvision\'s weights, or PRETRAINED=none')
         else:
             source, stem = 'IMAGENET1K_V1', 'plain'
     elif re.fullmatch(r'\w+', pretrained) and not Path(pretrained).is_file():

@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def load(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:  # torch itself does not look
                     raise OSError('a checksum differs')
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of other pickle protocols
+            content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if not re.search('truncated|invalid load key|EOF', str(error)):
             raise ValueError(
@@ -105,9 +108,11 @@ def load(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a broken file can fail in any layer below
         raise ValueError(damage(path, error)) from None
     if not isinstance(content, dict) or not isinstance(content.get('net'), dict):
-        keys = ', '.join(map(str, list(content)[:4])) if isinstance(content, dict) else ''
+        found = type(content).__name__
+        if isinstance(content, dict):
+            found = ', '.join(map(str, list(content)[:4])) or 'an empty one'
         raise ValueError(f'{path} is no EMANet checkpoint: a dictionary with net is '
-                         f'expected, found {keys or type(content).__name__}')
+                         f'expected, found {found}')
     if any(key.startswith('extractor.') for key in content['net']):
         net, found = convert_released(content['net'], path)
         content = {'net': net, 'settings': found, 'step': content.get('step', 0)}
@@ -125,22 +130,23 @@ def load_newest(folder: str | Path) -> tuple[dict[str, Any] | None, Path | None,
     """Read the newest sound checkpoint of a run: latest.pth, else the last step_N.pth.
 
     Returns:
-        (content, path, warnings); content is None where no run has saved.
+        (content, path, notes); content is None where no run has saved.
 
     Raises:
         ValueError: where there are checkpoints and none is sound.
     """
-    files = [p for p in [Path(folder) / 'latest.pth', *list_steps(folder)] if p.exists()]
-    warnings = []
+    files = [Path(folder) / 'latest.pth', *list_steps(folder)]
+    files = [path for path in files if path.exists()]
+    notes = []
     for path in files:
         try:
-            return load(path), path, warnings
+            return load(path), path, notes
         except ValueError as error:
-            warnings.append(str(error))
+            notes.append(str(error))
     if files:
         raise ValueError(f'none of the {len(files)} checkpoints in {folder} can be '
-                         f'read ({warnings[0]}): run `sh clean.sh` to start over')
-    return None, None, warnings
+                         f'read ({notes[0]}): run `sh clean.sh` to start over')
+    return None, None, notes
 
 
 def load_net(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -185,7 +191,8 @@ def adopt_architecture(found: dict[str, Any]) -> list[str]:
         if name in found and found[name] != getattr(settings, name):
             old = getattr(settings, name)
             if (name, old) != ('STEM', 'auto'):
-                lines.append(f'{name} = {found[name]!r} from the checkpoint, not {old!r}')
+                lines.append(f'{name} = {found[name]!r} as in the checkpoint, '
+                             f'not {old!r}')
             setattr(settings, name, found[name])
     return lines
 

@@ -106,8 +106,8 @@ class Folder:
         folder = Path(root)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f'there is no data in {root}: {facts["get"]}, or set DATA_ROOT to where '
-                'it is; `sh demo.sh` tries everything without data')
+                f'there is no data in {root}: {facts["get"]}, or set DATA_ROOT to '
+                'where it is; `sh demo.sh` tries everything without data')
         lists = folder / 'ImageSets' / 'Segmentation'
         file = lists / f'{split}.txt'
         if not file.is_file():
@@ -126,9 +126,9 @@ class Folder:
             lost = [i for i in self.ids if i + suffix not in there]
             if lost:
                 raise FileNotFoundError(
-                    f'{len(lost)} of the {len(self.ids)} entries of {file} have no file '
-                    f'in {where}, the first is {lost[0]}{suffix}: complete the data or '
-                    'take the lines out of the list')
+                    f'{len(lost)} of the {len(self.ids)} entries of {file} have no '
+                    f'file in {where}, the first is {lost[0]}{suffix}: complete the '
+                    'data or take the lines out of the list')
         self.is_checked = bytearray(len(self.ids))  # masks whose values are known good
 
     def __len__(self) -> int:

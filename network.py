@@ -205,8 +205,8 @@ class EMAU(nn.Module):
         mu = self.mu.expand(len(x), -1, -1)                        # (b, c, k)
         zs = []
         for t in range(1, stages + 1):
-            has_grad = self.gradient == 'full' or self.gradient == 'last' and t == stages
-            with torch.set_grad_enabled(torch.is_grad_enabled() and has_grad):
+            is_kept = self.gradient == 'full' or self.gradient == 'last' and t == stages
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_kept):
                 z = self.expect(x, mu)                             # (b, n, k)
                 mu = self.maximise(x, z)                           # (b, c, k)
             zs.append(z)

@@ -96,7 +96,8 @@ def override(words: list[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f'{word!r} is not understood: settings are given as '
                              'NAME=VALUE, options start with --, see --help')
-        given[name] = parse_value(name, text, defaults[known(name, defaults, 'setting')])
+        default = defaults[known(name, defaults, 'setting')]
+        given[name] = parse_value(name, text, default)
     apply({**({'RECIPE': settings.RECIPE} if settings.RECIPE else {}), **given})
     return given
 
@@ -168,10 +169,10 @@ def read_command_line(doc: str, add_options: Callable | None = None
             if re.match(r'[A-Z]|# --', line)) + '\nrecipes:\n' + ''.join(
             f'  RECIPE={name:18} {recipe["about"]}\n'
             for name, recipe in recipes.RECIPES.items()))
-    parser.add_argument('words', nargs='*', metavar='NAME=VALUE',
-                        help='override a setting of settings.py')
     if add_options:
         add_options(parser)
+    parser.add_argument('words', nargs='*', metavar='NAME=VALUE',
+                        help='override a setting of settings.py')
     args = parser.parse_intermixed_args()
     try:
         args.given = override(args.words)

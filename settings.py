@@ -74,4 +74,4 @@ IMAGE_EVERY = 500           # steps between pictures in TensorBoard; 0 is off
 EVAL_EVERY = 0              # steps between evaluations while training; 0 is off
 ITER_SAVE = 2000            # steps between step_N.pth; latest.pth 10 times as often
 KEEP = 2                    # step_N.pth that are kept
-CHECKPOINT = ''             # eval.py: the file; '' is final.pth or latest.pth of LOG_DIR
+CHECKPOINT = ''             # eval.py: the file; '' is the last one in LOG_DIR

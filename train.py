@@ -236,8 +236,8 @@ def check_sound(session: Session, sampler: dataset.StepSampler, folder: dataset.
     if step:
         names = ', '.join(folder.ids[i] for _, i in sampler.places(step - 1))
         raise ValueError(
-            f'the loss or its gradient was not finite at step {step}, and no weight was '
-            f'changed since (pictures: {names}): look at these, lower LR, set '
+            f'the loss or its gradient was not finite at step {step}, and no weight '
+            f'was changed since (pictures: {names}): look at these, lower LR, set '
             'CLIP_GRAD=1 or PRECISION=fp32; the last checkpoint is in '
             f'{settings.LOG_DIR}')
 
@@ -354,8 +354,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     runtime.write_text(log.folder / 'settings.txt', runtime.settings_text())
     log.line(runtime.settings_text(), is_shown=False)
     log.line('\n'.join(f'{k}: {v}' for k, v in session.environment.items()))
-    log.line(f'data: {settings.DATASET}, {len(folder)} images of list {folder.split} in '
-             f'{folder.images.parent}, masks in {folder.labels.name}')
+    log.line(f'data: {settings.DATASET}, {len(folder)} images of list {folder.split} '
+             f'in {folder.images.parent}, masks in {folder.labels.name}')
     log.line(f'precision: {session.precision}; batch: {settings.BATCH_SIZE} crops of '
              f'{settings.CROP_SIZE}; log: {settings.LOG_DIR}')
     for line in lines:

@@ -1,0 +1,368 @@
+"""Measure the model in settings: what it costs, and how fast it runs here.
+
+    python measure.py cost N_LAYERS=50               # parameters and operations
+    python measure.py speed N_LAYERS=50 DATA_ROOT=... TRAIN_SPLIT=train
+
+`speed` runs our loader, training step and evaluation in turn with the released code's
+way of doing the same (float images, the whole picture resized in float, NCHW, fp32), so
+that the ratios hold on a noisy machine. Both print a table and write JSON to LOG_DIR.
+"""
+import runtime
+
+
+def add_options(parser) -> None:
+    parser.add_argument('what', choices=('cost', 'speed'))
+    parser.add_argument('--size', type=int, default=513, metavar='PIXELS',
+                        help='side of the image that cost counts (513)')
+    parser.add_argument('--only', default='loader,step,evaluation,memory',
+                        help='parts of speed, with commas between')
+    parser.add_argument('--rounds', type=int, default=5,
+                        help='times that each side is run (5)')
+    parser.add_argument('--step-batch', type=int, default=2,
+                        help='crops of the measured training step (2)')
+
+
+if __name__ == '__main__':
+    args = runtime.read_command_line(__doc__, add_options)  # before the slow imports
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dataset
+import inference
+import metric
+import network
+import settings
+
+EVAL_SIZE = (375, 500)  # (h, w), the usual picture of VOC
+
+
+# -- cost ------------------------------------------------------------------------------
+
+def count_parameters(net: nn.Module) -> int:
+    """Count parameters, and bases also where they are moved by averaging."""
+    bases = sum(m.mu.numel() for m in net.modules() if isinstance(m, network.EMAU)
+                and not isinstance(m.mu, nn.Parameter))
+    return sum(p.numel() for p in net.parameters()) + bases
+
+
+def count_operations(net: network.Segmenter, size: int) -> tuple[int, int]:
+    """Count the multiply-adds of backbone and head for one square image.
+
+    Args:
+        net: is moved to the meta device, where nothing is computed.
+        size: side of the image in pixels.
+
+    Returns:
+        (backbone, head). Convolutions and matrix products count; FLOPs are twice that.
+    """
+    net = net.to('meta').eval()
+    x = torch.zeros(1, 3, size, size, device='meta')
+    with FlopCounterMode(display=False) as counter:
+        feats = net.backbone(x)
+    backbone = counter.get_total_flops() // 2
+    with FlopCounterMode(display=False) as counter:
+        net.head(feats)
+    return backbone, counter.get_total_flops() // 2
+
+
+def measure_cost(size: int) -> dict:
+    """Print and return parameters, multiply-adds and FLOPs of backbone and head."""
+    net = network.build(len(dataset.get_facts()['classes']), is_eval=True)
+    counts = [count_parameters(net.backbone), count_parameters(net.head)]
+    operations = count_operations(net, size)
+    rows = {'backbone': (counts[0], operations[0]), 'head': (counts[1], operations[1]),
+            'together': (sum(counts), sum(operations))}
+    print(f'{size}x{size} image, output stride {net.stride}; bases are counted\n'
+          f'{"":10}{"parameters":>14}{"multiply-adds":>16}{"FLOPs":>12}')
+    for name, (n, macs) in rows.items():
+        print(f'{name:10}{n / 1e6:12.3f} M{macs / 1e9:14.2f} G{macs / 5e8:10.2f} G')
+    return {'size': size, **{name: {'parameters': n, 'multiply_adds': macs}
+                             for name, (n, macs) in rows.items()}}
+
+
+# -- the released code's manner --------------------------------------------------------
+
+def reference_sample(folder: dataset.Folder, index: int, draw: np.random.Generator
+                     ) -> tuple[Tensor, Tensor]:
+    """Load a training sample as the released code does: floats, resized whole."""
+    crop = settings.CROP_SIZE
+    with Image.open(folder.images / f'{folder.ids[index]}.jpg') as picture:
+        image = torch.FloatTensor(np.array(picture.convert('RGB'))) / 255
+    with Image.open(folder.labels / f'{folder.ids[index]}.png') as picture:
+        label = torch.FloatTensor(np.array(picture))[None, None]
+    image = (image - torch.tensor(settings.MEAN)) / torch.tensor(settings.STD)
+    image = image.permute(2, 0, 1)[None]                           # (1, 3, h, w)
+    scale = float(draw.choice(settings.SCALES))
+    image = F.interpolate(image, scale_factor=scale, mode='bilinear',
+                          align_corners=True)
+    label = F.interpolate(label, scale_factor=scale, mode='nearest')
+    h, w = image.shape[2:]
+    pad = (0, max(crop - w, 0), 0, max(crop - h, 0))
+    image, label = F.pad(image, pad), F.pad(label, pad, value=dataset.IGNORED)
+    top, left = (draw.integers(n - crop + 1) for n in image.shape[2:])
+    image = image[..., top:top + crop, left:left + crop]
+    label = label[..., top:top + crop, left:left + crop]
+    if draw.integers(2):
+        image, label = image.flip(3), label.flip(3)
+    return image[0], label[0, 0].long()
+
+
+class ReferenceStep:
+    """The released code's training step: fp32, NCHW, float images, plain SGD."""
+
+    def __init__(self, n_classes: int, device: torch.device):
+        import train
+        self.net = network.build(n_classes).to(device)
+        self.optimizer = torch.optim.SGD(train.group_parameters(self.net),
+                                         lr=settings.LR, momentum=settings.LR_MOM)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """images (b, 3, c, c) float, labels (b, c, c) int64."""
+        logits = self.net(images)
+        loss = F.nll_loss(F.log_softmax(logits, 1), labels, reduction='none',
+                          ignore_index=dataset.IGNORED).mean((1, 2)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.net.update_bases()
+
+
+# -- speed -----------------------------------------------------------------------------
+
+def alternate(sides: dict[str, Callable], rounds: int, device: torch.device
+              ) -> dict[str, list[float]]:
+    """Run the sides in turn, once to warm up and then `rounds` times.
+
+    Returns:
+        Seconds of each run of each side.
+    """
+    seconds = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def report(part: str, seconds: dict[str, list[float]], n_images: int) -> dict:
+    """Print images a second and, against the last side, the ratio round by round."""
+    last = list(seconds)[-1]
+    result = {}
+    for name, runs in seconds.items():
+        ratios = [b / a for a, b in zip(runs, seconds[last], strict=True)]
+        speed, ratio = n_images / statistics.median(runs), statistics.median(ratios)
+        result[name] = {'images_per_s': speed, 'ratio': ratio, 'seconds': runs}
+        print(f'{part:12}{name:18}{speed:9.2f} images/s   {ratio:5.2f}x  '
+              f'({min(ratios):.2f} .. {max(ratios):.2f})')
+    return result
+
+
+def measure_loader(rounds: int) -> dict:
+    """Measure loading on one core, decoding alone beside it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder, n = dataset.open_split('train'), 32
+    samples = dataset.TrainSet(folder, settings.CROP_SIZE, settings.SCALES,
+                               settings.USE_FLIP, settings.MEAN, settings.SEED)
+    order = dataset.StepSampler(len(folder), n, settings.SEED, 0, 0)
+    state = {'step': 0, 'draw': np.random.default_rng(0)}
+
+    def ours():
+        state['step'] += 1
+        return samples.__getitems__(order.places(state['step']))
+
+    def decode():
+        return [folder.read(i) for _, i in order.places(state['step'])]
+
+    def theirs():
+        batch = [reference_sample(folder, i, state['draw'])
+                 for _, i in order.places(state['step'])]
+        return torch.utils.data.default_collate(batch)
+
+    seconds = alternate({'ours': ours, 'decoding alone': decode,
+                         'reference manner': theirs}, rounds, torch.device('cpu'))
+    torch.set_num_threads(threads)
+    return report('loader', seconds, n)
+
+
+def make_step(side: str, n_classes: int, device: torch.device, batch: int) -> Callable:
+    """Return a function that does one training step in a side's manner."""
+    import train
+    crop = settings.CROP_SIZE
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch, crop, crop, 3), dtype=torch.uint8,
+                           generator=draw).permute(0, 3, 1, 2)
+    labels = torch.randint(n_classes, (batch, crop, crop), dtype=torch.uint8,
+                           generator=draw)
+    if side == 'reference manner':
+        step = ReferenceStep(n_classes, device)
+        x, y = images.float().contiguous() / 255 - 0.5, labels.long()
+        return lambda: step(x.to(device), y.to(device))
+    settings.PRECISION = side.split()[-1]
+    settings.BATCH_SIZE = batch
+    session = train.Session(n_classes, device)
+    return lambda: session.train_step(images, labels)
+
+
+def step_sides(device: torch.device) -> list[str]:
+    """Return the sides of the training step, ours in the device's precision first."""
+    best = runtime.pick_precision(device)
+    return list(dict.fromkeys([f'ours {best}', 'ours fp32', 'reference manner']))
+
+
+def measure_step(rounds: int, batch: int, device: torch.device, n_classes: int) -> dict:
+    """Measure the training step on random bytes."""
+    precision = settings.PRECISION
+    sides = {side: make_step(side, n_classes, device, batch)
+             for side in step_sides(device)}
+    settings.PRECISION = precision
+    return report('step', alternate(sides, rounds, device), batch)
+
+
+def peak_memory(side: str, values: dict, batch: int, n_classes: int) -> float:
+    """Return the peak memory in GB of two training steps, in a process of their own.
+
+    On CUDA what torch has allocated, elsewhere the resident memory of the process.
+    """
+    runtime.apply(values)
+    device = runtime.pick_device()
+    step = make_step(side, n_classes, device, batch)
+    step()
+    step()
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == 'darwin' else 1024  # bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def measure_memory(batch: int, device: torch.device, n_classes: int) -> dict:
+    """Measure the peak memory of the training step, each side in a fresh process."""
+    values = {k: v for k, v in runtime.snapshot().items() if k != 'RECIPE'}
+    result = {}
+    for side in step_sides(device):
+        with multiprocessing.get_context('spawn').Pool(1) as pool:
+            result[side] = pool.apply(peak_memory, (side, values, batch, n_classes))
+    last = list(result.values())[-1]
+    for side, peak in result.items():
+        print(f'{"memory":12}{side:18}{peak:9.2f} GB         {peak / last:5.2f}x')
+    return result
+
+
+def measure_evaluation(rounds: int, device: torch.device, n_classes: int) -> dict:
+    """Measure predicting and scoring one picture, and how far the precisions agree."""
+    draw = torch.Generator().manual_seed(0)
+    image = smooth_picture(draw)
+    label = torch.randint(n_classes, EVAL_SIZE, dtype=torch.uint8, generator=draw)
+    runtime.seed(settings.SEED)
+    net = network.build(n_classes, is_eval=True).to(device)
+    settle(net, image)
+    plain = network.build(n_classes, is_eval=True).to(device)
+    plain.load_state_dict(net.state_dict())
+    if settings.CHANNELS_LAST:
+        net.to(memory_format=torch.channels_last)
+    found = {}
+
+    def ours(precision):
+        with runtime.autocast(device, precision):
+            found[precision] = inference.predict_logits(net, image).argmax(0).cpu()
+        return metric.confusion(found[precision], label, n_classes)
+
+    def theirs():
+        h, w = EVAL_SIZE
+        x = plain.normalise(image[None].contiguous().to(device))
+        x = F.pad(x, (0, inference.padded_size(w, plain.stride) - w,
+                      0, inference.padded_size(h, plain.stride) - h))
+        with torch.no_grad():
+            y = plain(x).argmax(1)[0, :h, :w].cpu().numpy()
+        return np.bincount(label.numpy().ravel() * n_classes + y.ravel(),
+                           minlength=n_classes ** 2)
+
+    best = runtime.pick_precision(device)
+    sides = {f'ours {p}': (lambda p=p: ours(p)) for p in dict.fromkeys([best, 'fp32'])}
+    result = report('evaluation', alternate({**sides, 'reference manner': theirs},
+                                            rounds, device), 1)
+    agreement = (found[best] == found['fp32']).float().mean().item()
+    print(f'{"":12}{best} and fp32 name the same class at {agreement:.2%} of pixels')
+    return {**result, 'agreement': agreement}
+
+
+def smooth_picture(draw: torch.Generator) -> Tensor:
+    """Return a picture (3, h, w) uint8 of colour blobs at several scales."""
+    picture = torch.zeros(1, 3, *EVAL_SIZE)
+    for side in (4, 9, 24, 70):
+        blobs = torch.randn(1, 3, side, side, generator=draw)
+        picture += F.interpolate(blobs, EVAL_SIZE, mode='bicubic')
+    return (128 + 40 * picture[0]).clamp(0, 255).byte()
+
+
+@torch.no_grad()
+def settle(net: nn.Module, image: Tensor) -> None:
+    """Let the batch norms of a random network take the statistics of a picture.
+
+    Without that its activations grow from block to block, unlike a trained one's.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 1.0
+        m.train()
+    net(image[None].to(net.mean.device))
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    net.eval()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print, and write LOG_DIR/measure_<what>.json."""
+    if args.what == 'cost':
+        result = measure_cost(args.size)
+    else:
+        parts = args.only.split(',')
+        unknown = set(parts) - {'loader', 'step', 'evaluation', 'memory'}
+        if unknown:
+            raise ValueError(f'--only {args.only}: {", ".join(sorted(unknown))} is '
+                             'none of loader, step, evaluation, memory')
+        n_classes = len(dataset.get_facts()['classes'])
+        device = runtime.pick_device()
+        result = {}
+        print(f'ResNet-{settings.N_LAYERS}, stride {settings.STRIDE}, crops of '
+              f'{settings.CROP_SIZE}, pictures of {EVAL_SIZE[1]}x{EVAL_SIZE[0]}')
+        if 'loader' in parts:
+            result['loader'] = measure_loader(args.rounds)
+        if 'memory' in parts:
+            result['memory_gb'] = measure_memory(args.step_batch, device, n_classes)
+        if 'step' in parts:
+            result['step'] = measure_step(args.rounds, args.step_batch, device,
+                                          n_classes)
+        if 'evaluation' in parts:
+            result['evaluation'] = measure_evaluation(args.rounds, device, n_classes)
+        result['environment'] = runtime.describe_environment(device)
+        for key, value in result['environment'].items():
+            print(f'{key}: {value}')
+    out = Path(settings.LOG_DIR)
+    out.mkdir(parents=True, exist_ok=True)
+    result['settings'] = runtime.snapshot()
+    runtime.write_text(out / f'measure_{args.what}.json', json.dumps(result) + '\n')
+
+
+if __name__ == '__main__':
+    runtime.run(main, args)

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Run the tests: sh test.sh [--slow] [pytest's options]
+set -eu
+cd "$(dirname "$0")"
+
+# A python that has the packages is used, otherwise .venv is made.
+packages='import torch, torchvision, tensorboardX, pytest'
+python=
+for candidate in .venv/bin/python python python3; do
+    if "$candidate" -c "$packages" 2>/dev/null; then python=$candidate; break; fi
+done
+if [ -z "$python" ]; then
+    python=.venv/bin/python
+    [ -x "$python" ] || python3 -m venv .venv
+    echo "installing the packages into .venv: a minute or two, 5.5 GB"
+    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest
+fi
+
+marks='not slow'
+if [ "${1:-}" = --slow ]; then
+    marks=
+    shift
+fi
+exec "$python" -m pytest -m "$marks" "$@"
