@@ -262,12 +262,20 @@ def load_weights(backbone: ResNet, source: str, model_dir: str) -> str:
     else:
         state, source = fetch_torchvision(backbone.n_layers, source, model_dir)
     stem, n_layers = describe_weights(state)
+    kind = f'ResNet-{n_layers}' if n_layers else 'a ResNet of unknown depth'
     if (stem, n_layers) != (backbone.stem, backbone.n_layers):
         raise ValueError(
-            f'{source} holds ResNet-{n_layers} with the {stem} stem, but ResNet-'
+            f'{source} holds {kind} with the {stem} stem, but ResNet-'
             f'{backbone.n_layers} with the {backbone.stem} stem is wanted: change '
             'N_LAYERS and STEM, or PRETRAINED')
     state = {k: v for k, v in state.items() if not k.startswith('fc.')}
+    own = backbone.state_dict()
+    other = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if other:
+        raise ValueError(
+            f'{source} is a ResNet-{n_layers} of another width: {other[0]} is '
+            f'{tuple(state[other[0]].shape)}, expected {tuple(own[other[0]].shape)}; '
+            'take the weights of the plain ResNet')
     missing, unexpected = backbone.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.endswith('num_batches_tracked')]
     if missing or unexpected:
@@ -298,7 +306,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise ValueError(f'{path} cannot be read as weights '
                          f'({type(error).__name__}): get the file again') from error
     state = state.get('state_dict', state) if isinstance(state, dict) else {}
-    if not any(k.startswith('layer1.') for k in state):
+    if not any(str(k).startswith('layer1.') for k in state):
         raise ValueError(f'{path} holds no ResNet: it has no key that starts with '
                          'layer1.; PRETRAINED wants ImageNet weights, a trained '
                          'EMANet goes to CHECKPOINT of eval.py')

@@ -113,7 +113,7 @@ def load(path: str | Path) -> dict[str, Any]:
             found = ', '.join(map(str, list(content)[:4])) or 'an empty one'
         raise ValueError(f'{path} is no EMANet checkpoint: a dictionary with net is '
                          f'expected, found {found}')
-    if any(key.startswith('extractor.') for key in content['net']):
+    if any(str(key).startswith('extractor.') for key in content['net']):
         net, found = convert_released(content['net'], path)
         content = {'net': net, 'settings': found, 'step': content.get('step', 0)}
     return {'settings': {}, 'run': {}, 'step': 0, **content}

@@ -6,6 +6,7 @@ A sample is a function of (seed, epoch, index), and the batch of a step a functi
 (seed, step): whatever the number of workers, ranks or restarts.
 """
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,7 +135,7 @@ class Folder:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read_image(self, index: int) -> Tensor:
+    def read_image(self, index: int) -> np.ndarray:
         """Decode a picture.
 
         Returns:
@@ -143,14 +144,14 @@ class Folder:
         Raises:
             ValueError: in a sentence, for a file that cannot be decoded.
         """
-        from torchvision.io import ImageReadMode, decode_jpeg, read_file
         path = self.images / f'{self.ids[index]}.jpg'
         try:
-            image = decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ValueError(f'{path} cannot be decoded ({str(error).splitlines()[0]}):'
-                             ' get the file again or take it out of the list') from None
-        return image.permute(1, 2, 0)
+            with Image.open(path) as picture:
+                is_rgb = picture.mode == 'RGB'
+                return np.asarray(picture if is_rgb else picture.convert('RGB'))
+        except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, of broken files
+            raise ValueError(f'{path} cannot be decoded ({error}): get the file again '
+                             'or take it out of the list') from None
 
     def read_label(self, index: int) -> np.ndarray:
         """Read a mask; the first time its values are checked.
@@ -166,7 +167,7 @@ class Folder:
         try:
             with Image.open(path) as mask:
                 mode, label = mask.mode, np.asarray(mask)
-        except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, of broken PNGs
+        except (OSError, SyntaxError) as error:
             raise ValueError(f'{path} cannot be decoded ({error}): get the file again '
                              'or take it out of the list') from None
         if mode not in ('P', 'L'):
@@ -183,7 +184,7 @@ class Folder:
             self.is_checked[index] = 1
         return label
 
-    def read(self, index: int) -> tuple[Tensor, np.ndarray]:
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return picture (h, w, 3) and mask (h, w), both bytes of the same size."""
         image, label = self.read_image(index), self.read_label(index)
         if image.shape[:2] != label.shape:
@@ -254,7 +255,8 @@ class TrainSet(Dataset):
         image = image[top:top + h, left:left + w]
         label = label[top:top + h, left:left + w]
         if is_flipped:
-            image, label = image.flip(1), label[:, ::-1]
+            image, label = image[:, ::-1], label[:, ::-1]
+        image = torch.from_numpy(np.array(image))  # of its own, writable
         if scale != 1:
             image = F.interpolate(image.permute(2, 0, 1)[None], scale_factor=scale,
                                   mode='bilinear')[0].permute(1, 2, 0)
@@ -262,7 +264,7 @@ class TrainSet(Dataset):
                           for n in image.shape[:2])
             label = label.take(np.minimum(cols, w - 1), 1).take(
                 np.minimum(rows, h - 1), 0)
-        label = torch.from_numpy(np.array(label))  # an array of its own, writable
+        label = torch.from_numpy(np.array(label))
         return image[:self.crop, :self.crop], label[:self.crop, :self.crop]
 
     def __getitems__(self, places: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -334,6 +336,13 @@ def as_it_is(batch):
     return batch
 
 
+def n_workers() -> int:
+    """Return N_WORKERS, but no more than this process has cores."""
+    has_affinity = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(settings.N_WORKERS, cores)
+
+
 def train_loader(folder: Folder, first: int, last: int, device_type: str,
                  rank: int = 0, world: int = 1) -> DataLoader:
     """Return the loader of the steps first .. last - 1, as settings say.
@@ -347,8 +356,7 @@ def train_loader(folder: Folder, first: int, last: int, device_type: str,
     sampler = StepSampler(len(folder), settings.BATCH_SIZE, settings.SEED, first, last,
                           rank, world)
     return DataLoader(samples, batch_sampler=sampler, collate_fn=as_it_is,
-                      num_workers=settings.N_WORKERS, pin_memory=device_type == 'cuda',
-                      persistent_workers=False)
+                      num_workers=n_workers(), pin_memory=device_type == 'cuda')
 
 
 # -- evaluation samples ----------------------------------------------------------------
@@ -368,13 +376,13 @@ class EvalSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
         image, label = self.folder.read(index)
-        label = torch.from_numpy(np.array(label))
+        image, label = (torch.from_numpy(np.array(x)) for x in (image, label))
         return image.permute(2, 0, 1), label, self.folder.ids[index]
 
 
 def eval_loader(folder: Folder) -> DataLoader:
     """Return the loader of a list's whole pictures, one at a time, in order."""
-    return DataLoader(EvalSet(folder), batch_size=None, num_workers=settings.N_WORKERS)
+    return DataLoader(EvalSet(folder), batch_size=None, num_workers=n_workers())
 
 
 # -- pictures --------------------------------------------------------------------------

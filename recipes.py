@@ -12,8 +12,8 @@ RECIPES = {
             'DATASET': 'shapes', 'CROP_SIZE': 129, 'SCALES': (0.75, 1.0, 1.25, 1.5),
             'N_LAYERS': 18, 'STEM': 'plain', 'PRETRAINED': 'none', 'BN_MOM': 0.1,
             'HEAD_CHANNELS': 128, 'FC1_CHANNELS': 64, 'N_BASES': 16,
-            'BATCH_SIZE': 8, 'ITER_MAX': 600, 'LR': 0.05, 'N_WORKERS': 1,
-            'ITER_SAVE': 500, 'IMAGE_EVERY': 200},
+            'BATCH_SIZE': 8, 'ITER_MAX': 700, 'LR': 0.1, 'WEIGHT_DECAY': 5e-4,
+            'N_WORKERS': 1, 'IMAGE_EVERY': 200},
     },
     'voc_r101': {
         'about': 'VOC val, the released recipe: settings.py as it is',

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import difflib
 import json
+import math
 import os
 import platform
 import re
@@ -60,6 +61,8 @@ def parse_value(name: str, text: str, default: Any) -> Any:
                 raise ValueError
             return int(text) if re.fullmatch(r'[+-]?\d+', text) else int(number)
         if isinstance(default, float):
+            if not math.isfinite(float(text)):
+                raise ValueError
             return float(text)
         if isinstance(default, tuple):
             parts = [p.strip() for p in text.strip('()[] ').split(',') if p.strip()]
@@ -135,7 +138,7 @@ def rewrite_settings(text: str, values: dict[str, Any]) -> str:
         name = node.targets[0].id
         if name in values and values[name] != ast.literal_eval(node.value):
             line, row = f'{name} = {values[name]!r}', node.lineno - 1
-            comment = lines[row][node.end_col_offset:].strip()
+            comment = lines[row].encode()[node.end_col_offset:].decode().strip()
             lines[row] = f'{line:<27} {comment}'.rstrip()
     return '\n'.join(lines) + '\n'
 

@@ -19,7 +19,7 @@ CROP_SIZE = 513             # pixels, side of a training crop
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # one is drawn for each sample
 USE_FLIP = True             # mirror every other sample, left to right
 MEAN = (0.485, 0.456, 0.406)  # of the pixels in 0..1, red green blue
-STD = (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)  # of the pixels likewise, the standard deviation
 
 # -- the backbone
 N_LAYERS = 101              # 18, 34, 50, 101 or 152

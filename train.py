@@ -82,7 +82,10 @@ class Session:
         self.scaler = torch.amp.GradScaler(device.type,
                                            enabled=self.precision == 'fp16')
         self.first_bad = torch.zeros((), dtype=torch.int64, device=device)
+        # What the checkpoint tells of the run: the best validation mIoU, the time it
+        # took, where the weights came from, the command line (for eval.py), versions.
         self.best, self.seconds, self.weights = 0.0, 0.0, ''
+        self.given, self.environment = {}, {}
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Do one step on a batch.
@@ -143,9 +146,6 @@ class Session:
             content['optimizer'] = self.optimizer.state_dict()
             content['scaler'] = self.scaler.state_dict()
         return content
-
-    given: dict = {}        # values of the command line, for eval.py
-    environment: dict = {}  # versions, device, source
 
     def restore(self, content: dict, path) -> None:
         """Go on from a checkpoint of this project."""
@@ -272,7 +272,6 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
             report_step(session, log, bar, total.item() / n, taken, waited, n)
             waited, done = 0.0, step
             total.zero_()
-            before, began = session.seconds, time.perf_counter()
         if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0:
             draw_samples(log.board, facts, images, labels, logits, step)
         if is_validated:
@@ -287,6 +286,8 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
         if signals.exit_status:
             break
         mark = time.perf_counter()
+        if is_logged:  # saving and validating do not count as training time
+            before, began = session.seconds, mark
     bar.close()
     return signals.exit_status if session.step < settings.ITER_MAX else 0
 

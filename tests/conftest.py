@@ -4,12 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch: two would wait for each other
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-os.environ.setdefault('OMP_NUM_THREADS', '2')
 HERE = Path(__file__).parents[1]
 # A network that trains a step in hundredths of a second.
 TINY = ('N_LAYERS=18 STEM=plain PRETRAINED=none STRIDE=16 BN_MOM=0.1 HEAD_CHANNELS=16 '
