@@ -250,7 +250,7 @@ def load_weights(backbone: ResNet, source: str, model_dir: str) -> str:
         model_dir: folder.
 
     Returns:
-        A line for the log: the file and the start of its sha256.
+        A line for the log: the file, and how many tensors it gave.
 
     Raises:
         ValueError: weights of another depth or stem, a name that torchvision does not

@@ -99,7 +99,7 @@ def load(path: str | Path) -> dict[str, Any]:
             warnings.simplefilter('ignore')  # of other pickle protocols
             content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        if not re.search('truncated|invalid load key|EOF', str(error)):
+        if re.search('global|reduce|class', str(error), re.IGNORECASE):
             raise ValueError(
                 f'{path} holds more than tensors and plain values, so loading it could '
                 'run code: it was not opened; take a checkpoint that was saved as a '
@@ -107,12 +107,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(damage(path, error)) from None
     except Exception as error:  # a broken file can fail in any layer below
         raise ValueError(damage(path, error)) from None
-    if not isinstance(content, dict) or not isinstance(content.get('net'), dict):
+    net = content.get('net') if isinstance(content, dict) else None
+    if not (isinstance(net, dict)
+            and all(isinstance(value, Tensor) for value in net.values())):
         found = type(content).__name__
         if isinstance(content, dict):
             found = ', '.join(map(str, list(content)[:4])) or 'an empty one'
-        raise ValueError(f'{path} is no EMANet checkpoint: a dictionary with net is '
-                         f'expected, found {found}')
+        raise ValueError(f'{path} is no EMANet checkpoint: a dictionary with net, the '
+                         f'tensors, is expected, found {found}')
     if any(str(key).startswith('extractor.') for key in content['net']):
         net, found = convert_released(content['net'], path)
         content = {'net': net, 'settings': found, 'step': content.get('step', 0)}
@@ -145,7 +147,7 @@ def load_newest(folder: str | Path) -> tuple[dict[str, Any] | None, Path | None,
             notes.append(str(error))
     if files:
         raise ValueError(f'none of the {len(files)} checkpoints in {folder} can be '
-                         f'read ({notes[0]}): run `sh clean.sh` to start over')
+                         f'read ({notes[0]}): run `sh clean.sh {folder}` to start over')
     return None, None, notes
 
 
@@ -211,7 +213,8 @@ def convert_released(state: dict[str, Tensor], path: str | Path
         path: for the message.
 
     Returns:
-        (state, settings): N_LAYERS, STEM, HEAD and the widths.
+        (state, settings): depth, stem and widths, and the released code's unit; the
+        output stride stays a matter of settings.
 
     Raises:
         ValueError: where a key that tells the architecture is missing.
@@ -236,7 +239,11 @@ def convert_released(state: dict[str, Tensor], path: str | Path
         found = {'N_LAYERS': {2: 18, 6: 34}[n] if is_basic else deep[n],
                  'STEM': 'deep' if 'extractor.0.0.weight' in state else 'plain',
                  'HEAD': 'ema', 'HEAD_CHANNELS': len(fc0), 'N_BASES': mu.shape[2],
-                 'FC1_CHANNELS': 0 if fc1 is None else len(fc1)}
+                 'FC1_CHANNELS': 0 if fc1 is None else len(fc1),
+                 # what the released code is, whatever this folder's settings say
+                 'MULTI_GRID': (1, 2, 4), 'STAGE_NUM': 3, 'EM_LAMBDA': 1.0,
+                 'EM_KERNEL': 'exp_dot', 'EM_NORM': 'l2', 'EM_GRADIENT': 'none',
+                 'EM_UPDATE': 'moving_average', 'EM_CONV1': 'auto'}
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f'{path} looks like a released EMANet checkpoint but is '
                          f'incomplete ({error}): get it again') from None

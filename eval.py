@@ -19,7 +19,6 @@ if __name__ == '__main__':
     args = runtime.read_command_line(__doc__, add_options)  # before the slow imports
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -42,8 +41,8 @@ def find_checkpoint() -> Path:
     folder = Path(settings.LOG_DIR)
     if settings.CHECKPOINT:
         return Path(settings.CHECKPOINT)
-    return next((folder / name for name in ('final.pth', 'latest.pth')
-                 if (folder / name).exists()), folder / 'final.pth')
+    there = [p for p in (folder / 'final.pth', folder / 'latest.pth') if p.exists()]
+    return max(there, key=lambda p: p.stat().st_mtime, default=folder / 'final.pth')
 
 
 def load_network(path: Path, given: dict) -> tuple[network.Segmenter, list[str], dict]:
@@ -140,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
               'images_per_s': len(folder) / seconds, 'precision': precision,
               'settings': runtime.snapshot(),
               'environment': runtime.describe_environment(device)}
-    runtime.write_text(out / f'{name}.json', json.dumps(result, indent=1) + '\n')
+    runtime.write_text(out / f'{name}.json', runtime.as_json(result, 1) + '\n')
     print(f'scores: {out / name}.json')
     if sheet.rows:
         sheet.save(out / f'{name}.png')

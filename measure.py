@@ -26,7 +26,6 @@ if __name__ == '__main__':
     args = runtime.read_command_line(__doc__, add_options)  # before the slow imports
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -361,7 +360,8 @@ def main(args: argparse.Namespace) -> None:
     out = Path(settings.LOG_DIR)
     out.mkdir(parents=True, exist_ok=True)
     result['settings'] = runtime.snapshot()
-    runtime.write_text(out / f'measure_{args.what}.json', json.dumps(result) + '\n')
+    text = runtime.as_json(result) + '\n'
+    runtime.write_text(out / f'measure_{args.what}.json', text)
 
 
 if __name__ == '__main__':

@@ -263,9 +263,7 @@ class EMAU(nn.Module):
         if self.renorm:
             mean = self.normalise(mean)
         mu = self.momentum * self.mu + (1 - self.momentum) * mean
-        has_images = total[-1] > 0
-        is_sound = torch.as_tensor(is_sound, device=mu.device) & has_images
-        self.mu.copy_(torch.where(is_sound, mu, self.mu))
+        self.mu.copy_(torch.where((total[-1] > 0) & is_sound, mu, self.mu))
         self.mu_sum.zero_()
         self.n_images.zero_()
 

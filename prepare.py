@@ -17,10 +17,13 @@ def prepare_shapes(args: argparse.Namespace) -> None:
     import shapes
     facts = dataset.DATASETS['shapes']
     root = Path(args.root or facts['root'])
-    if args.train < 1 or args.val < 1:
-        raise ValueError(f'--train {args.train} --val {args.val}: at least one picture '
-                         'each is expected')
-    print(f'drawing {args.train} + {args.val} pictures into {root}')
+    if args.train < 1 or args.val < 1 or args.seed < 0:
+        raise ValueError(f'--train {args.train} --val {args.val} --seed {args.seed}: '
+                         'at least one picture each and a seed of 0 or more are '
+                         'expected')
+    there = len(list((root / 'JPEGImages').glob('shapes_*.jpg')))
+    print(f'drawing {args.train} + {args.val} pictures into {root}'
+          + (f'; the {there} that are there are kept' if there else ''))
     shapes.write(root, args.train, args.val, args.seed, facts['palette'],
                  lambda ids: tqdm(ids, 'drawing', unit='image', disable=None))
     print(f'done: python train.py RECIPE=demo DATA_ROOT={root}' if args.root else

@@ -9,10 +9,10 @@ RECIPES = {
         'about': 'shapes, a small network from scratch, minutes on two CPU cores',
         'mIoU': 0.80,
         'settings': {
-            'DATASET': 'shapes', 'CROP_SIZE': 129, 'SCALES': (0.75, 1.0, 1.25, 1.5),
+            'DATASET': 'shapes', 'CROP_SIZE': 129, 'SCALES': (0.75, 1.0, 1.25),
             'N_LAYERS': 18, 'STEM': 'plain', 'PRETRAINED': 'none', 'BN_MOM': 0.1,
             'HEAD_CHANNELS': 128, 'FC1_CHANNELS': 64, 'N_BASES': 16,
-            'BATCH_SIZE': 8, 'ITER_MAX': 700, 'LR': 0.1, 'WEIGHT_DECAY': 5e-4,
+            'BATCH_SIZE': 4, 'ITER_MAX': 1400, 'LR': 0.05, 'WEIGHT_DECAY': 5e-4,
             'N_WORKERS': 1, 'IMAGE_EVERY': 200},
     },
     'voc_r101': {

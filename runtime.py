@@ -28,9 +28,10 @@ EXIT_USER = 2       # a sentence was printed: change something, then try again
 EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from it
 EXIT_CTRL_C = 130
 # These may differ between a run and its continuation: they do not change the result.
-FREE = ('RESUME', 'LOG_DIR', 'DATA_ROOT', 'MODEL_DIR', 'DEVICE', 'CHANNELS_LAST',
-        'COMPILE', 'N_WORKERS', 'LOG_EVERY', 'IMAGE_EVERY', 'EVAL_EVERY', 'ITER_SAVE',
-        'KEEP', 'CHECKPOINT', 'VAL_SPLIT', 'EVAL_STRIDE', 'EVAL_STAGE_NUM')
+FREE = ('RECIPE', 'RESUME', 'LOG_DIR', 'DATA_ROOT', 'MODEL_DIR', 'DEVICE',
+        'CHANNELS_LAST', 'COMPILE', 'N_WORKERS', 'LOG_EVERY', 'IMAGE_EVERY',
+        'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT', 'VAL_SPLIT', 'EVAL_STRIDE',
+        'EVAL_STAGE_NUM')
 
 
 # -- settings --------------------------------------------------------------------------
@@ -281,6 +282,9 @@ def pick_precision(device) -> str:
         return 'fp16' if device.type == 'cuda' else 'fp32'
     if name not in ('fp32', 'bf16', 'fp16'):
         raise ValueError(f'PRECISION={name} is none of auto, fp32, bf16, fp16')
+    if name == 'fp16' and device.type == 'mps':
+        raise ValueError('PRECISION=fp16 needs a gradient scaler that torch does not '
+                         'have on MPS: take bf16 or fp32')
     return name
 
 
@@ -340,13 +344,17 @@ class Log:
 
     def __init__(self, folder: str, step: int = 0):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.text = open(self.folder / 'log.txt', 'a', buffering=1)
+        except OSError as error:
+            raise OSError(f'cannot write into LOG_DIR={folder} ({error}): give a '
+                          'folder that can be written') from None
         rows = self.folder / 'log.jsonl'
         if rows.exists():
             kept = [line for line in rows.read_text().splitlines(True)
                     if is_row_until(line, step)]
             write_text(rows, ''.join(kept))
-        self.text = open(self.folder / 'log.txt', 'a', buffering=1)
         self.rows = open(rows, 'a', buffering=1)
 
     def line(self, text: str, is_shown: bool = True) -> None:
@@ -359,7 +367,18 @@ class Log:
 
     def row(self, **values) -> None:
         """Write a row of numbers to log.jsonl."""
-        self.rows.write(json.dumps(values) + '\n')
+        self.rows.write(as_json(values) + '\n')
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON in which a number that is not finite is null."""
+    def clean(x):
+        if isinstance(x, dict):
+            return {k: clean(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [clean(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(clean(value), indent=indent)
 
 
 def is_row_until(line: str, step: int) -> bool:

@@ -146,7 +146,7 @@ def _ground(rng, h, w, is_lake):
     y, x = np.mgrid[:h, :w].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     height = (np.cos(angle) * x + np.sin(angle) * y) / 90 + .8 * _noise(rng, h, w, 4, 5)
-    height = height - np.quantile(height, rng.uniform(.35, .7))
+    height = height - np.quantile(height, rng.uniform(.5, .8))
     sand = np.clip(height * 8 + .5, 0, 1)
     hills, fine = _noise(rng, h, w, 7, 8), _noise(rng, h, w, h // 2, w // 2)
     dunes = np.sin(y / 2.2 + x / 9 + 5 * hills)
@@ -235,8 +235,9 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
             continue
         canvas, after = spots[0]
         name = kind + 1
-        if paint is _bird:  # where there is most sand
-            canvas, after = max(spots, key=lambda spot: (spot[0][..., 3] * sand).sum())
+        if paint is _bird:  # the sandier of two places
+            canvas, after = max(spots[:2],
+                                key=lambda spot: (spot[0][..., 3] * sand).sum())
             name = CLASSES.index('duck' if is_lake else 'goose')
         image, things = _lit(rng, image, canvas, slope), after
         names.append(name)

@@ -4,7 +4,8 @@ set -eu
 cd "$(dirname "$0")"
 
 # A python that has the packages is used, otherwise .venv is made.
-packages='import torch, torchvision, tensorboardX, pytest'
+packages='import torch, torchvision, tensorboardX, tqdm, PIL, pytest
+assert torch.__version__ >= "2.6"'
 python=
 for candidate in .venv/bin/python python python3; do
     if "$candidate" -c "$packages" 2>/dev/null; then python=$candidate; break; fi

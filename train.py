@@ -102,8 +102,9 @@ class Session:
         for group in self.optimizer.param_groups:
             group['lr'] = group['times'] * poly_rate(self.step)
         runtime.seed(settings.SEED, self.step)  # of the dropout
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
+        is_pinned = self.device.type == 'cuda'
+        images = images.to(self.device, non_blocking=is_pinned)
+        labels = labels.to(self.device, non_blocking=is_pinned)
         n_pixels = labels.numel()
         if settings.LOSS_NORM == 'valid':
             n_pixels = (labels != dataset.IGNORED).sum().clamp(min=1)
@@ -128,10 +129,14 @@ class Session:
             is_sound &= norm.isfinite()
             self.optimizer.found_inf = (~is_sound).float()
         self.first_bad += torch.where(is_sound | (self.first_bad > 0), 0, self.step)
+        if not self.optimizer.state:  # a first step that is withheld makes none
+            for p in self.raw.parameters():
+                if p.grad is not None:
+                    self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.raw.update_bases(is_sound)
+        self.raw.update_bases(is_sound & norm.isfinite())
         self.norm = norm
         return losses, logits
 
@@ -154,7 +159,11 @@ class Session:
                              'from it: give a latest.pth or step_N.pth')
         checkpoint.load_net(self.raw, content['net'], path)
         self.optimizer.load_state_dict(content['optimizer'])
-        self.scaler.load_state_dict(content['scaler'])
+        for p, state in self.optimizer.state.items():  # in the layout that p has now
+            state['momentum_buffer'] = torch.empty_like(p).copy_(
+                state['momentum_buffer'])
+        if content['scaler']:  # empty where the run was not in fp16
+            self.scaler.load_state_dict(content['scaler'])
         self.step, run = content['step'], content['run']
         self.best, self.seconds = run['best'], run['seconds']
         self.weights = run['weights']
@@ -163,17 +172,30 @@ class Session:
 def check_settings() -> None:
     """Refuse settings that cannot be trained, each in a sentence."""
     s = settings
-    for name in ('BATCH_SIZE', 'ACCUMULATE', 'ITER_MAX', 'LR_EVERY', 'LOG_EVERY',
-                 'ITER_SAVE', 'CROP_SIZE'):
-        if getattr(s, name) < 1:
-            raise ValueError(f'{name}={getattr(s, name)}: at least 1 is expected')
+    for low, high, names in (
+            (0, 1, 'BN_MOM EM_MOM LR_MOM DROPOUT'),
+            (1, math.inf, 'BATCH_SIZE ACCUMULATE ITER_MAX LR_EVERY LOG_EVERY ITER_SAVE '
+                          'CROP_SIZE HEAD_CHANNELS'),
+            (0, math.inf, 'SEED FC1_CHANNELS EM_LAMBDA LR LR_POWER BIAS_LR CLIP_GRAD '
+                          'WEIGHT_DECAY N_WORKERS IMAGE_EVERY EVAL_EVERY KEEP')):
+        for name in names.split():
+            if not low <= getattr(s, name) <= high:
+                wanted = f'{low} or more' if high == math.inf else f'{low} to {high}'
+                raise ValueError(f'{name}={getattr(s, name)}: {wanted} is expected')
+    for name, n, low in (('MEAN', 3, 0), ('STD', 3, 1e-6), ('SCALES', 0, 1e-3),
+                         ('MULTI_GRID', 0, 1)):
+        value = getattr(s, name)
+        if min(value) < low or n and len(value) != n:
+            raise ValueError(f'{name}={runtime.show_value(value)}: {n or "some"} '
+                             f'numbers of at least {low} are expected')
+    if s.RESUME not in ('', 'force'):
+        raise ValueError(f"RESUME={s.RESUME} is unknown: 'force' or nothing is "
+                         'expected')
     if s.BATCH_SIZE % s.ACCUMULATE:
         raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE} cannot be computed in ACCUMULATE='
                          f'{s.ACCUMULATE} equal parts: make one divide the other')
     if s.LOSS_NORM not in ('all', 'valid'):
         raise ValueError(f'LOSS_NORM={s.LOSS_NORM} is none of all, valid')
-    if min(s.SCALES) <= 0:
-        raise ValueError(f'SCALES={s.SCALES}: scales above 0 are expected')
 
 
 def compare_settings(recorded: dict, path) -> list[str]:
@@ -189,19 +211,21 @@ def compare_settings(recorded: dict, path) -> list[str]:
     if lines and settings.RESUME != 'force':
         raise ValueError(f'{path} was trained with other settings ({"; ".join(lines)}):'
                          ' set them back, go on all the same with RESUME=force, or '
-                         'start over after `sh clean.sh`')
+                         f'start over after `sh clean.sh {settings.LOG_DIR}`')
     return lines
 
 
 def validate(session: Session, log: runtime.Log) -> None:
     """Score the validation split and keep the best weights in best.pth."""
     loader = dataset.eval_loader(dataset.open_split('val'))
-    session.raw.eval()
+    net = network.build(session.n_classes, is_eval=True).to(session.device)
+    if settings.CHANNELS_LAST:
+        net.to(memory_format=torch.channels_last)
+    net.load_state_dict(session.raw.state_dict())
     with runtime.autocast(session.device, session.precision):
         matrix = metric.evaluate(
-            lambda image: inference.predict_logits(session.net, image, session.raw),
+            lambda image: inference.predict_logits(net, image),
             tqdm(loader, 'validation', leave=False, disable=None), session.n_classes)
-    session.raw.train()
     miou = metric.score(matrix)['mIoU']
     log.line(f'step {session.step}: validation mIoU {miou:.4f}')
     log.row(kind='validation', step=session.step, mIoU=miou)
@@ -236,10 +260,10 @@ def check_sound(session: Session, sampler: dataset.StepSampler, folder: dataset.
     if step:
         names = ', '.join(folder.ids[i] for _, i in sampler.places(step - 1))
         raise ValueError(
-            f'the loss or its gradient was not finite at step {step}, and no weight '
-            f'was changed since (pictures: {names}): look at these, lower LR, set '
-            'CLIP_GRAD=1 or PRECISION=fp32; the last checkpoint is in '
-            f'{settings.LOG_DIR}')
+            f'the loss or its gradient was not finite at step {step}, so that step '
+            f'was not taken and nothing was saved since (pictures: {names}): look at '
+            'these, lower LR, set CLIP_GRAD=1 or PRECISION=fp32; the last checkpoint '
+            f'is in {settings.LOG_DIR}')
 
 
 def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Log
@@ -254,13 +278,14 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
     save_every = max(settings.ITER_SAVE // 10, 1)
     began = mark = time.perf_counter()
     waited, done, total = 0.0, session.step, torch.zeros((), device=session.device)
-    before = session.seconds
+    before = logged = session.seconds
     for images, labels in loader:
         waited += time.perf_counter() - mark
         losses, logits = session.train_step(images, labels)
         step = session.step
         total += losses.mean()
-        is_last = step == settings.ITER_MAX or signals.exit_status
+        status = signals.exit_status  # read once: it may change at any moment
+        is_last = step == settings.ITER_MAX or status
         is_logged = step % settings.LOG_EVERY == 0 or is_last
         is_saved = step % save_every == 0 or is_last
         is_validated = settings.EVAL_EVERY and (step % settings.EVAL_EVERY == 0)
@@ -268,9 +293,9 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
             check_sound(session, sampler, folder)  # here the host waits for the device
             session.seconds = before + time.perf_counter() - began
         if is_logged:
-            taken, n = session.seconds - before, step - done
+            taken, n = session.seconds - logged, step - done
             report_step(session, log, bar, total.item() / n, taken, waited, n)
-            waited, done = 0.0, step
+            waited, done, logged = 0.0, step, session.seconds
             total.zero_()
         if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0:
             draw_samples(log.board, facts, images, labels, logits, step)
@@ -283,13 +308,13 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
                 checkpoint.save(content, log.folder / f'step_{step}.pth')
                 checkpoint.remove_old(log.folder, settings.KEEP)
         bar.update()
-        if signals.exit_status:
-            break
         mark = time.perf_counter()
-        if is_logged:  # saving and validating do not count as training time
+        if is_logged or is_saved or is_validated:  # do not count what was not training
             before, began = session.seconds, mark
+        if status:
+            break
     bar.close()
-    return signals.exit_status if session.step < settings.ITER_MAX else 0
+    return status if session.step < settings.ITER_MAX else 0
 
 
 def report_step(session, log, bar, loss: float, taken: float, waited: float, n: int
@@ -321,6 +346,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     check_settings()
     facts = dataset.get_facts()
     folder = dataset.open_split('train')
+    if settings.EVAL_EVERY:
+        dataset.open_split('val')  # better now than at the first validation
     device = runtime.pick_device()
     content, path, lines = checkpoint.load_newest(settings.LOG_DIR)
     if content:
@@ -367,11 +394,13 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
 def main(args: argparse.Namespace) -> int:
     """Train, save the final weights, and return the exit status."""
     session, folder, facts, log = start(args.given)
-    if session.step >= settings.ITER_MAX:
+    if session.step >= settings.ITER_MAX and (log.folder / 'final.pth').exists():
         log.line(f'this run is finished (step {session.step}): evaluate it with python '
-                 'eval.py, or start over after `sh clean.sh`')
+                 f'eval.py, or start over after `sh clean.sh {settings.LOG_DIR}`')
         return 0
-    status = train(session, folder, facts, log)
+    status = 0
+    if session.step < settings.ITER_MAX:
+        status = train(session, folder, facts, log)
     if status:
         log.line(f'stopped after step {session.step}; the same command goes on')
         return status

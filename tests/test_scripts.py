@@ -103,12 +103,12 @@ def test_resume_is_exact(workers, tiny, tmp_path):
     command = [sys.executable, str(HERE / 'train.py'), *words, f'LOG_DIR={log}']
     for how, until in ((signal.SIGTERM, 3), (signal.SIGKILL, 14), (signal.SIGINT, 25)):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+                               stderr=subprocess.DEVNULL, start_new_session=True)
         end = time.time() + 60
         while time.time() < end and run.poll() is None:
             rows = log / 'log.jsonl'
             if rows.exists() and len(rows.read_text().splitlines()) >= until:
-                run.send_signal(how)
+                os.killpg(run.pid, how)  # the loaders too, as schedulers do
                 break
             time.sleep(0.01)
         expected = {signal.SIGTERM: 75, signal.SIGKILL: -9, signal.SIGINT: 130}
