@@ -59,7 +59,7 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + identity)
+        return self.relu(self.bn2(self.conv2(x)).add_(identity))
 
 
 class Bottleneck(nn.Module):
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
         identity = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.bn3(self.conv3(x)) + identity)
+        return self.relu(self.bn3(self.conv3(x)).add_(identity))
 
 
 class ResNet(nn.Module):

@@ -227,7 +227,8 @@ class TrainSet(Dataset):
                  use_flip: bool, mean: tuple[float, ...], seed: int):
         self.folder, self.crop, self.scales = folder, crop, scales
         self.use_flip, self.seed = use_flip, seed
-        self.fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8)
+        fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8)
+        self.blank = fill.repeat(crop, crop, 1)  # (crop, crop, 3), padding to copy
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -259,8 +260,9 @@ class TrainSet(Dataset):
             image, label = image[:, ::-1], label[:, ::-1]
         image = torch.from_numpy(np.array(image))  # of its own, writable
         if scale != 1:
-            image = F.interpolate(image.permute(2, 0, 1)[None], scale_factor=scale,
-                                  mode='bilinear')[0].permute(1, 2, 0)
+            # in this order of views torch sees channels last, and keeps to it
+            image = F.interpolate(image[None].permute(0, 3, 1, 2), scale_factor=scale,
+                                  mode='bilinear').permute(0, 2, 3, 1)[0]
             rows, cols = (((np.arange(min(n, self.crop)) + 0.5) / scale).astype(int)
                           for n in image.shape[:2])
             label = label.take(np.minimum(cols, w - 1), 1).take(
@@ -284,10 +286,8 @@ class TrainSet(Dataset):
             image, label = self.cut(*place)
             h, w = label.shape
             images[i, :h, :w], labels[i, :h, :w] = image, label
-            for rest in (images[i, h:], images[i, :h, w:]):
-                rest[:] = self.fill
-            for rest in (labels[i, h:], labels[i, :h, w:]):
-                rest[:] = IGNORED
+            images[i, h:], labels[i, h:] = self.blank[h:], IGNORED
+            images[i, :h, w:], labels[i, :h, w:] = self.blank[:h, w:], IGNORED
         return images.permute(0, 3, 1, 2), labels
 
 

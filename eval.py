@@ -87,11 +87,12 @@ class Sheet:
     def see(self, name, image, label, prediction) -> None:
         """Take a picture in: image (3, h, w) uint8, label and prediction (h, w)."""
         if len(self.rows) < self.n:
-            self.rows.append(torch.cat([image.permute(1, 2, 0),
-                                        dataset.colour(label, self.palette),
-                                        dataset.colour(prediction, self.palette)], 1))
+            white = torch.full((label.shape[0], 3, 3), 255, dtype=torch.uint8)
+            self.rows.append(torch.cat([
+                image.permute(1, 2, 0), white, dataset.colour(label, self.palette),
+                white, dataset.colour(prediction, self.palette)], 1))
 
-    def save(self, path: Path, gap: int = 6) -> None:
+    def save(self, path: Path, gap: int = 9) -> None:
         """Write the rows, two beside each other, on white."""
         h = max(row.shape[0] for row in self.rows) + gap
         w = max(row.shape[1] for row in self.rows) + 2 * gap
@@ -112,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     folder = dataset.open_split('val')
     device = runtime.pick_device()
     precision = runtime.pick_precision(device)
-    net.to(device)
+    inference.fold(net, precision).to(device)
     if settings.CHANNELS_LAST:
         net.to(memory_format=torch.channels_last)
     run = torch.compile(net, dynamic=True) if settings.COMPILE else net

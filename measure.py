@@ -26,6 +26,7 @@ if __name__ == '__main__':
     args = runtime.read_command_line(__doc__, add_options)  # before the slow imports
 
 import argparse
+import copy
 import multiprocessing
 import resource
 import statistics
@@ -41,13 +42,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import dataset
 import inference
 import metric
 import network
 import settings
 
-EVAL_SIZE = (375, 500)  # (h, w), the usual picture of VOC
+EVAL_SIZE = (513, 513)  # (h, w) of the picture that is evaluated, as in Table 1
 
 
 # -- cost ------------------------------------------------------------------------------
@@ -267,23 +269,25 @@ def measure_memory(batch: int, device: torch.device, n_classes: int) -> dict:
 
 
 def measure_evaluation(rounds: int, device: torch.device, n_classes: int) -> dict:
-    """Measure predicting and scoring one picture, and how far the precisions agree."""
+    """Measure predicting and scoring one picture; with CHECKPOINT also how far our
+    precisions agree on pictures of the validation list."""
     draw = torch.Generator().manual_seed(0)
     image = smooth_picture(draw)
     label = torch.randint(n_classes, EVAL_SIZE, dtype=torch.uint8, generator=draw)
-    runtime.seed(settings.SEED)
-    net = network.build(n_classes, is_eval=True).to(device)
-    settle(net, image)
-    plain = network.build(n_classes, is_eval=True).to(device)
-    plain.load_state_dict(net.state_dict())
-    if settings.CHANNELS_LAST:
-        net.to(memory_format=torch.channels_last)
-    found = {}
+    plain = make_eval_net(n_classes, image)
+    best = runtime.pick_precision(device)
+    nets = {}
+    for precision in dict.fromkeys([best, 'fp32']):
+        net = inference.fold(copy.deepcopy(plain), precision).to(device)
+        memory_format = (torch.channels_last if settings.CHANNELS_LAST else
+                         torch.contiguous_format)
+        nets[precision] = net.to(memory_format=memory_format)
+    plain.to(device)
 
     def ours(precision):
         with runtime.autocast(device, precision):
-            found[precision] = inference.predict_logits(net, image).argmax(0).cpu()
-        return metric.confusion(found[precision], label, n_classes)
+            found = inference.predict_logits(nets[precision], image).argmax(0).cpu()
+        return metric.confusion(found, label, n_classes)
 
     def theirs():
         h, w = EVAL_SIZE
@@ -295,13 +299,40 @@ def measure_evaluation(rounds: int, device: torch.device, n_classes: int) -> dic
         return np.bincount(label.numpy().ravel() * n_classes + y.ravel(),
                            minlength=n_classes ** 2)
 
-    best = runtime.pick_precision(device)
-    sides = {f'ours {p}': (lambda p=p: ours(p)) for p in dict.fromkeys([best, 'fp32'])}
+    sides = {f'ours {p}': (lambda p=p: ours(p)) for p in nets}
     result = report('evaluation', alternate({**sides, 'reference manner': theirs},
                                             rounds, device), 1)
-    agreement = (found[best] == found['fp32']).float().mean().item()
-    print(f'{"":12}{best} and fp32 name the same class at {agreement:.2%} of pixels')
-    return {**result, 'agreement': agreement}
+    if settings.CHECKPOINT:
+        result['agreement'] = measure_agreement(nets, device)
+        print(f'{"":12}{" and ".join(nets)} name the same class at '
+              f'{result["agreement"]:.2%} of the pixels')
+    return result
+
+
+def make_eval_net(n_classes: int, image: Tensor) -> network.Segmenter:
+    """Return the network of CHECKPOINT, or a random one that behaves like one."""
+    if settings.CHECKPOINT:
+        net = network.build(n_classes, is_eval=True)
+        state = checkpoint.load(settings.CHECKPOINT)['net']
+        checkpoint.load_net(net, state, settings.CHECKPOINT)
+        return net
+    runtime.seed(settings.SEED)
+    net = network.build(n_classes, is_eval=True)
+    settle(net, image)
+    return net
+
+
+def measure_agreement(nets: dict[str, nn.Module], device: torch.device) -> float:
+    """Return the share of pixels that all precisions name alike, on 20 pictures."""
+    folder, same = dataset.open_split('val'), []
+    for index in range(0, len(folder), -(-len(folder) // 20)):
+        image = torch.from_numpy(folder.read_image(index).copy()).permute(2, 0, 1)
+        found = []
+        for precision, net in nets.items():
+            with runtime.autocast(device, precision):
+                found.append(inference.predict_logits(net, image).argmax(0))
+        same += [(found[0] == other).float().mean().item() for other in found[1:]]
+    return statistics.mean(same) if same else 1.0
 
 
 def smooth_picture(draw: torch.Generator) -> Tensor:
@@ -315,16 +346,21 @@ def smooth_picture(draw: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def settle(net: nn.Module, image: Tensor) -> None:
-    """Let the batch norms of a random network take the statistics of a picture.
+    """Give a random network activations like a trained one's, on a picture.
 
-    Without that its activations grow from block to block, unlike a trained one's.
+    Batch norms take the picture's statistics, the last one of each residual branch is
+    scaled down. Without that the activations grow from block to block.
     """
+    for module in net.modules():
+        last = getattr(module, 'bn3', None)
+        if last is not None:
+            last.weight.fill_(0.25)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.momentum = 1.0
         m.train()
-    net(image[None].to(net.mean.device))
+    net(image[None])
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     net.eval()
@@ -332,6 +368,9 @@ def settle(net: nn.Module, image: Tensor) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print, and write LOG_DIR/measure_<what>.json."""
+    if settings.CHECKPOINT:
+        found = checkpoint.load(settings.CHECKPOINT)['settings']
+        checkpoint.adopt_architecture(found)
     if args.what == 'cost':
         result = measure_cost(args.size)
     else:

@@ -30,8 +30,9 @@ def confusion(prediction: Tensor, label: Tensor, n_classes: int) -> Tensor:
                          'label\'s size')
     label, prediction = label.flatten().long(), prediction.flatten().long()
     valid = (label >= 0) & (label < n_classes)
-    index = label[valid] * n_classes + prediction[valid]
-    counts = torch.bincount(index, minlength=n_classes ** 2)
+    # pixels that do not count fall into one more bin, which is cut off
+    index = torch.where(valid, label * n_classes + prediction, n_classes ** 2)
+    counts = torch.bincount(index, minlength=n_classes ** 2 + 1)[:-1]
     return counts.view(n_classes, n_classes)
 
 

@@ -241,7 +241,7 @@ class EMAU(nn.Module):
             if self.auto_update:
                 self.update_bases()
         y = y.to(identity.dtype).transpose(1, 2).unflatten(2, size)  # (b, c, h, w)
-        y = F.relu(self.conv2(F.relu(y)) + identity)
+        y = F.relu(self.conv2(F.relu(y)).add_(identity))
         return (y, zs) if return_z else y
 
     @torch.no_grad()
@@ -349,7 +349,9 @@ class Segmenter(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Bytes (b, 3, h, w) uint8 -> floats of mean 0 and deviation 1."""
-        return (images.to(self.mean.dtype) - self.mean) / self.std
+        # planes of one colour each: three interleaved ones are slow to broadcast to
+        images = images.contiguous().to(self.mean.dtype, copy=True)
+        return images.sub_(self.mean).div_(self.std)
 
     def forward(self, images: Tensor, labels: Tensor | None = None
                 ) -> Tensor | tuple[Tensor, Tensor]:

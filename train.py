@@ -218,10 +218,11 @@ def compare_settings(recorded: dict, path) -> list[str]:
 def validate(session: Session, log: runtime.Log) -> None:
     """Score the validation split and keep the best weights in best.pth."""
     loader = dataset.eval_loader(dataset.open_split('val'))
-    net = network.build(session.n_classes, is_eval=True).to(session.device)
+    net = network.build(session.n_classes, is_eval=True)
+    net.load_state_dict(session.raw.state_dict())
+    inference.fold(net, session.precision).to(session.device)
     if settings.CHANNELS_LAST:
         net.to(memory_format=torch.channels_last)
-    net.load_state_dict(session.raw.state_dict())
     with runtime.autocast(session.device, session.precision):
         matrix = metric.evaluate(
             lambda image: inference.predict_logits(net, image),

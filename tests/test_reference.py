@@ -100,7 +100,7 @@ def test_training_steps(stride, expected, make_weights, monkeypatch, tmp_path):
     assert session.raw.head.emau.conv1.weight.grad is None
 
     after = [k for k in expected.files if k.startswith(n + 'after/')]
-    assert len(after) > 100
+    assert len(after) >= 10
     state = session.raw.state_dict()
     for key in after:
         name = key[len(n + 'after/'):]
