@@ -33,6 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -260,8 +261,7 @@ def measure_memory(batch: int, device: torch.device, n_classes: int) -> dict:
     values = {k: v for k, v in runtime.snapshot().items() if k != 'RECIPE'}
     result = {}
     for side in step_sides(device):
-        with multiprocessing.get_context('spawn').Pool(1) as pool:
-            result[side] = pool.apply(peak_memory, (side, values, batch, n_classes))
+        result[side] = in_fresh_process(peak_memory, side, values, batch, n_classes)
     last = list(result.values())[-1]
     for side, peak in result.items():
         print(f'{"memory":12}{side:18}{peak:9.2f} GB         {peak / last:5.2f}x')
@@ -366,6 +366,26 @@ def settle(net: nn.Module, image: Tensor) -> None:
     net.eval()
 
 
+def in_fresh_process(run: Callable, *values):
+    """Return run(*values) of a process of its own: what ran before leaves no trace."""
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(run, *values).result()
+
+
+def measure_part(part: str, values: dict, rounds: int, batch: int) -> dict:
+    """Measure one part of speed with the given settings."""
+    runtime.apply(values)
+    device, n_classes = runtime.pick_device(), len(dataset.get_facts()['classes'])
+    if part == 'loader':
+        return measure_loader(rounds)
+    if part == 'memory':
+        return measure_memory(batch, device, n_classes)
+    if part == 'step':
+        return measure_step(rounds, batch, device, n_classes)
+    return measure_evaluation(rounds, device, n_classes)
+
+
 def main(args: argparse.Namespace) -> None:
     """Measure, print, and write LOG_DIR/measure_<what>.json."""
     if settings.CHECKPOINT:
@@ -379,20 +399,18 @@ def main(args: argparse.Namespace) -> None:
         if unknown:
             raise ValueError(f'--only {args.only}: {", ".join(sorted(unknown))} is '
                              'none of loader, step, evaluation, memory')
-        n_classes = len(dataset.get_facts()['classes'])
         device = runtime.pick_device()
-        result = {}
+        if 'loader' in parts:  # say what is missing before anything takes time
+            dataset.open_split('train')
+        if 'evaluation' in parts and settings.CHECKPOINT:
+            dataset.open_split('val')
         print(f'ResNet-{settings.N_LAYERS}, stride {settings.STRIDE}, crops of '
               f'{settings.CROP_SIZE}, pictures of {EVAL_SIZE[1]}x{EVAL_SIZE[0]}')
-        if 'loader' in parts:
-            result['loader'] = measure_loader(args.rounds)
-        if 'memory' in parts:
-            result['memory_gb'] = measure_memory(args.step_batch, device, n_classes)
-        if 'step' in parts:
-            result['step'] = measure_step(args.rounds, args.step_batch, device,
-                                          n_classes)
-        if 'evaluation' in parts:
-            result['evaluation'] = measure_evaluation(args.rounds, device, n_classes)
+        values = {k: v for k, v in runtime.snapshot().items() if k != 'RECIPE'}
+        result = {part: in_fresh_process(measure_part, part, values, args.rounds,
+                                         args.step_batch)
+                  for part in ('loader', 'memory', 'step', 'evaluation')
+                  if part in parts}
         result['environment'] = runtime.describe_environment(device)
         for key, value in result['environment'].items():
             print(f'{key}: {value}')

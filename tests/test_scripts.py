@@ -309,4 +309,4 @@ def test_measure_speed(tiny, tmp_path):
     done = run_script('measure.py', 'speed', '--rounds', 1, *tiny)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / 'log' / 'measure_speed.json').read_text())
-    assert {'loader', 'step', 'evaluation', 'memory_gb'} <= set(result)
+    assert {'loader', 'step', 'evaluation', 'memory'} <= set(result)
