@@ -175,13 +175,13 @@ class Folder:
             raise ValueError(f'{path} is of mode {mode}: a mask has one byte a pixel, '
                              'the class, as palette (P) or grey (L); convert it')
         if not self.is_checked[index]:
-            counts = np.bincount(label.ravel(), minlength=256)
-            wrong = np.flatnonzero(counts[self.n_classes:IGNORED]) + self.n_classes
+            wrong = label[(label >= self.n_classes) & (label != IGNORED)]
             if len(wrong):
                 raise ValueError(
-                    f'{path} has the value {wrong[0]} at {counts[wrong[0]]} pixels: '
-                    f'labels are 0 to {self.n_classes - 1}, or 255 for ignored; is '
-                    'DATASET the right one?')
+                    f'{path} has the value {wrong.min()} at '
+                    f'{(wrong == wrong.min()).sum()} pixels: labels are 0 to '
+                    f'{self.n_classes - 1}, or 255 for ignored; is DATASET the right '
+                    'one?')
             self.is_checked[index] = 1
         return label
 

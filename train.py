@@ -86,6 +86,9 @@ class Session:
         # took, where the weights came from, the command line (for eval.py), versions.
         self.best, self.seconds, self.weights = 0.0, 0.0, ''
         self.given, self.environment = {}, {}
+        # The losses since the last log line, their sum and number: a resumed run logs
+        # the same means.
+        self.loss_sum, self.n_losses = torch.zeros((), device=device), 0
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Do one step on a batch.
@@ -144,6 +147,7 @@ class Session:
         """Return what a checkpoint holds; the final one has no optimizer."""
         run = {'n_classes': self.n_classes, 'best': self.best, 'seconds': self.seconds,
                'precision': self.precision, 'weights': self.weights,
+               'loss_sum': self.loss_sum.item(), 'n_losses': self.n_losses,
                'given': self.given, 'environment': self.environment}
         content = {'net': self.raw.state_dict(), 'step': self.step,
                    'settings': runtime.snapshot(), 'run': run}
@@ -167,6 +171,8 @@ class Session:
         self.step, run = content['step'], content['run']
         self.best, self.seconds = run['best'], run['seconds']
         self.weights = run['weights']
+        self.loss_sum.fill_(run['loss_sum'])
+        self.n_losses = run['n_losses']
 
 
 def check_settings() -> None:
@@ -278,26 +284,26 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
                dynamic_ncols=True)
     save_every = max(settings.ITER_SAVE // 10, 1)
     began = mark = time.perf_counter()
-    waited, done, total = 0.0, session.step, torch.zeros((), device=session.device)
+    waited, logged_at = 0.0, session.step
     before = logged = session.seconds
     for images, labels in loader:
         waited += time.perf_counter() - mark
         losses, logits = session.train_step(images, labels)
         step = session.step
-        total += losses.mean()
+        session.loss_sum += losses.mean()
+        session.n_losses += 1
         status = signals.exit_status  # read once: it may change at any moment
         is_last = step == settings.ITER_MAX or status
-        is_logged = step % settings.LOG_EVERY == 0 or is_last
+        is_logged = step % settings.LOG_EVERY == 0 or step == settings.ITER_MAX
         is_saved = step % save_every == 0 or is_last
         is_validated = settings.EVAL_EVERY and (step % settings.EVAL_EVERY == 0)
         if is_logged or is_saved or is_validated:
             check_sound(session, sampler, folder)  # here the host waits for the device
             session.seconds = before + time.perf_counter() - began
         if is_logged:
-            taken, n = session.seconds - logged, step - done
-            report_step(session, log, bar, total.item() / n, taken, waited, n)
-            waited, done, logged = 0.0, step, session.seconds
-            total.zero_()
+            report_step(session, log, bar, session.seconds - logged, waited,
+                        step - logged_at)
+            waited, logged_at, logged = 0.0, step, session.seconds
         if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0:
             draw_samples(log.board, facts, images, labels, logits, step)
         if is_validated:
@@ -318,9 +324,16 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
     return status if session.step < settings.ITER_MAX else 0
 
 
-def report_step(session, log, bar, loss: float, taken: float, waited: float, n: int
-                ) -> None:
-    """Write the means over the last n steps to bar, log.txt, log.jsonl, TensorBoard."""
+def report_step(session, log, bar, taken: float, waited: float, n: int) -> None:
+    """Write the means since the last log line to bar, log.txt, log.jsonl, TensorBoard.
+
+    Args:
+        taken, waited: seconds of this process since then, and those without data.
+        n: steps of this process since then.
+    """
+    loss = session.loss_sum.item() / session.n_losses
+    session.loss_sum.zero_()
+    session.n_losses = 0
     speed = n * settings.BATCH_SIZE / taken
     rate = poly_rate(session.step)
     bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
@@ -377,7 +390,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     session.given = given
     session.environment = runtime.describe_environment(device)
     log = runtime.Log(settings.LOG_DIR, session.step)
-    for left_over in log.folder.glob('*.tmp'):
+    for left_over in log.folder.glob('*.pth.tmp'):
         left_over.unlink()
     log.board = SummaryWriter(settings.LOG_DIR, purge_step=session.step + 1)
     runtime.write_text(log.folder / 'settings.txt', runtime.settings_text())
