@@ -11,12 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
+import settings
+
 HERE = Path(__file__).parents[1]
 # A network that trains a step in hundredths of a second.
 TINY = ('N_LAYERS=18 STEM=plain PRETRAINED=none STRIDE=16 BN_MOM=0.1 HEAD_CHANNELS=16 '
         'FC1_CHANNELS=16 N_BASES=4 CROP_SIZE=33 BATCH_SIZE=4 SCALES=0.75,1.0,1.5 '
         'LOG_EVERY=1 ITER_SAVE=10 IMAGE_EVERY=0 PRECISION=fp32 DEVICE=cpu '
         'N_WORKERS=0').split()
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Put every setting back after each test."""
+    before = runtime.snapshot()
+    yield
+    for name, value in before.items():
+        setattr(settings, name, value)
 
 
 def pytest_collection_modifyitems(items):

@@ -15,15 +15,6 @@ import backbone
 from backbone import ResNet, choose_weights, load_weights, read_weights
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Compute in one thread: tensors as small as these only wait for a second one."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def meta_resnet(depth, stem):
     """A network without memory, for what must be refused before anything is loaded."""
     with torch.device('meta'):

@@ -13,24 +13,6 @@ import runtime
 import settings
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Compute in one thread: tensors as small as these only wait for a second one."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    """Put every setting back after each test."""
-    before = runtime.snapshot()
-    yield
-    for name, value in before.items():
-        setattr(settings, name, value)
-
-
 def make(step=7):
     return {'net': {'w': torch.arange(1000.) + step}, 'step': step,
             'settings': {'LR': 0.1, 'SCALES': (0.5, 1.0)}, 'run': {'best': 0.5},

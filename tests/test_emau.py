@@ -17,15 +17,6 @@ EPS = 1e-6
 HERE = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Compute in one thread: tensors as small as these only wait for a second one."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 # -- the reference: one image, plain loops ---------------------------------------------
 
 def naive_expect(x, mu, kernel, scale):

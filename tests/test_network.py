@@ -18,15 +18,6 @@ TINY = dict(N_LAYERS=18, STEM='plain', STRIDE=8, EVAL_STRIDE=0, HEAD_CHANNELS=16
             ACCUMULATE=1, ITER_MAX=10, COMPILE=False, CLIP_GRAD=0.0, BN_MOM=0.1)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Compute in one thread: tensors as small as these only wait for a second one."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 @pytest.fixture
 def choose(monkeypatch):
     """Set settings for one test."""

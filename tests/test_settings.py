@@ -23,15 +23,6 @@ MAY_IMPORT = {  # DESIGN.md, "Rooms"
     **dict.fromkeys(('dataset', 'runtime', 'checkpoint'), {'settings', 'recipes'})}
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    """Put every setting back after each test."""
-    before = runtime.snapshot()
-    yield
-    for name, value in before.items():
-        setattr(settings, name, value)
-
-
 def parse(name):
     return ast.parse(SOURCES[name].read_text())
 
