@@ -55,8 +55,10 @@ DATASETS = {
         'root': 'data/VOCdevkit/VOC2012',
         'labels': ('SegmentationClassAug', 'SegmentationClass'),
         'train': 'trainaug', 'val': 'val',
-        'get': 'unpack VOCtrainval_11-May-2012.tar into data/ (or draw a small set '
-               'with `python prepare.py shapes` and say DATASET=shapes)',
+        'get': 'unpack VOCtrainval_11-May-2012.tar into data/ and take '
+               'TRAIN_SPLIT=train (trainaug needs the masks of SBD in '
+               'SegmentationClassAug and trainaug.txt), or draw a small set with '
+               '`python prepare.py shapes` and say DATASET=shapes',
     },
     'shapes': {
         'classes': ('background', 'balloon', 'house', 'mushroom', 'parasol', 'pumpkin',

@@ -117,8 +117,10 @@ def main(args: argparse.Namespace) -> None:
     if settings.CHANNELS_LAST:
         net.to(memory_format=torch.channels_last)
     run = torch.compile(net, dynamic=True) if settings.COMPILE else net
+    stages = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
     print('\n'.join([*lines, f'{path}, step {content["step"]}, on {len(folder)} images '
-                     f'of list {folder.split} in {folder.images.parent}, {precision}']))
+                     f'of list {folder.split} in {folder.images.parent}, stride '
+                     f'{net.stride}, T = {stages}, {precision}']))
 
     n_classes, sheet = len(facts['classes']), Sheet(args.pictures, facts['palette'])
     began = time.perf_counter()
@@ -135,6 +137,10 @@ def main(args: argparse.Namespace) -> None:
     out = Path(settings.LOG_DIR) / 'eval'
     out.mkdir(parents=True, exist_ok=True)
     name = f'{settings.DATASET}_{folder.split}_{path.stem}'
+    if settings.EVAL_STRIDE:
+        name += f'_stride{settings.EVAL_STRIDE}'
+    if settings.EVAL_STAGE_NUM:
+        name += f'_T{settings.EVAL_STAGE_NUM}'
     result = {'checkpoint': str(path), 'step': content['step'], 'n_images': len(folder),
               **scores, 'classes': facts['classes'], 'confusion': matrix.tolist(),
               'images_per_s': len(folder) / seconds, 'precision': precision,

@@ -419,6 +419,7 @@ def main(args: argparse.Namespace) -> None:
     result['settings'] = runtime.snapshot()
     text = runtime.as_json(result) + '\n'
     runtime.write_text(out / f'measure_{args.what}.json', text)
+    print(f'numbers: {out}/measure_{args.what}.json')
 
 
 if __name__ == '__main__':

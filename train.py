@@ -234,7 +234,7 @@ def validate(session: Session, log: runtime.Log) -> None:
             lambda image: inference.predict_logits(net, image),
             tqdm(loader, 'validation', leave=False, disable=None), session.n_classes)
     miou = metric.score(matrix)['mIoU']
-    log.line(f'step {session.step}: validation mIoU {miou:.4f}')
+    log.line(f'step {session.step}: validation mIoU {100 * miou:.2f}')
     log.row(kind='validation', step=session.step, mIoU=miou)
     log.board.add_scalar('validation/mIoU', miou, session.step)
     if miou > session.best:
@@ -389,6 +389,11 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
                          'scratch')
     session.given = given
     session.environment = runtime.describe_environment(device)
+    if content:
+        old = content['run']['environment'].get('source')
+        new = session.environment['source']
+        if old != new:
+            lines.append(f'note: the source was {old} then, it is {new} now')
     log = runtime.Log(settings.LOG_DIR, session.step)
     for left_over in log.folder.glob('*.pth.tmp'):
         left_over.unlink()
@@ -410,7 +415,8 @@ def main(args: argparse.Namespace) -> int:
     session, folder, facts, log = start(args.given)
     if session.step >= settings.ITER_MAX and (log.folder / 'final.pth').exists():
         log.line(f'this run is finished (step {session.step}): evaluate it with python '
-                 f'eval.py, or start over after `sh clean.sh {settings.LOG_DIR}`')
+                 f'eval.py LOG_DIR={settings.LOG_DIR}, or start over after '
+                 f'`sh clean.sh {settings.LOG_DIR}`')
         return 0
     status = 0
     if session.step < settings.ITER_MAX:
