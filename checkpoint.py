@@ -99,7 +99,10 @@ def load(path: str | Path) -> dict[str, Any]:
             warnings.simplefilter('ignore')  # of other pickle protocols
             content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        if re.search('global|reduce|class', str(error), re.IGNORECASE):
+        with open(path, 'rb') as f:
+            is_pickle = f.read(1) == b'\x80'  # its first byte since protocol 2
+        if re.search('global|reduce|class', str(error), re.IGNORECASE) or (
+                is_pickle and 'truncated' not in str(error)):
             raise ValueError(
                 f'{path} holds more than tensors and plain values, so loading it could '
                 'run code: it was not opened; take a checkpoint that was saved as a '
