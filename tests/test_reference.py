@@ -18,6 +18,15 @@ pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(),
                                 reason=f'no reference numbers in {REFERENCE}')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def two_threads():
+    """These networks are large enough for a second thread."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(scope='module')
 def expected():
     return np.load(REFERENCE / 'expected.npz')
