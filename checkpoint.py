@@ -23,7 +23,7 @@ import settings
 ARCHITECTURE = (
     'N_LAYERS', 'STEM', 'STRIDE', 'MULTI_GRID', 'MEAN', 'STD', 'HEAD', 'HEAD_CHANNELS',
     'FC1_CHANNELS', 'N_BASES', 'STAGE_NUM', 'EM_LAMBDA', 'EM_KERNEL', 'EM_NORM',
-    'EM_UPDATE', 'EM_GRADIENT', 'EM_CONV1')
+    'EM_UPDATE', 'EM_GRADIENT', 'EM_CONV1', 'AUX_WEIGHT')
 
 
 # -- writing ---------------------------------------------------------------------------
@@ -246,7 +246,8 @@ def convert_released(state: dict[str, Tensor], path: str | Path
                  # what the released code is, whatever this folder's settings say
                  'MULTI_GRID': (1, 2, 4), 'STAGE_NUM': 3, 'EM_LAMBDA': 1.0,
                  'EM_KERNEL': 'exp_dot', 'EM_NORM': 'l2', 'EM_GRADIENT': 'none',
-                 'EM_UPDATE': 'moving_average', 'EM_CONV1': 'auto'}
+                 'EM_UPDATE': 'moving_average', 'EM_CONV1': 'auto',
+                 'AUX_WEIGHT': 0.0}
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f'{path} looks like a released EMANet checkpoint but is '
                          f'incomplete ({error}): get it again') from None

@@ -1,12 +1,18 @@
-"""What each data set is, its samples, their order, and the loaders.
+"""The files of a data set, its samples, their order, and the loaders.
 
     python prepare.py shapes && python train.py RECIPE=demo
 
 A sample is a function of (seed, epoch, index), and the batch of a step a function of
-(seed, step): whatever the number of workers, ranks or restarts.
+(seed, step): whatever the number of workers, ranks or restarts. What data sets there
+are stands in recipes.py.
 """
+import hashlib
+import io
+import json
 import math
 import os
+import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,95 +22,64 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from tqdm import tqdm
 
 import settings
+from recipes import DATASETS
 
 IGNORED = 255  # the label of pixels that are neither learned nor scored
-
-
-def voc_palette(n: int = 256) -> list[int]:
-    """Return the palette of the VOC masks: n colours of 3 bytes, flat.
-
-    The bits of an index are dealt out in turn to red, green and blue, from the highest
-    bit of each colour down.
-    """
-    palette = []
-    for index in range(n):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            rgb[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
-        palette += rgb
-    return palette
-
-
-def fill_palette(*colours: tuple[int, int, int]) -> list[int]:
-    """Return a flat palette of 256 colours: the given ones, black, and grey for 255."""
-    flat = [value for colour in colours for value in colour]
-    return flat + [0] * (765 - len(flat)) + [128] * 3
-
-
-# Facts: `root` is the default folder; the masks lie in the first of `labels` that
-# exists; `train` and `val` are the default lists; `get` is the line that makes it.
-DATASETS = {
-    'voc': {
-        'classes': ('background', 'aeroplane', 'bicycle', 'bird', 'boat', 'bottle',
-                    'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',
-                    'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train',
-                    'tvmonitor'),
-        'palette': voc_palette(),
-        'root': 'data/VOCdevkit/VOC2012',
-        'labels': ('SegmentationClassAug', 'SegmentationClass'),
-        'train': 'trainaug', 'val': 'val',
-        'get': 'unpack VOCtrainval_11-May-2012.tar into data/ and take '
-               'TRAIN_SPLIT=train (trainaug needs the masks of SBD in '
-               'SegmentationClassAug and trainaug.txt), or draw a small set with '
-               '`python prepare.py shapes` and say DATASET=shapes',
-    },
-    'shapes': {
-        'classes': ('background', 'balloon', 'house', 'mushroom', 'parasol', 'pumpkin',
-                    'star', 'tree', 'duck', 'goose'),
-        'palette': fill_palette(
-            (0, 0, 0), (230, 60, 50), (160, 110, 70), (190, 70, 200), (60, 150, 230),
-            (250, 140, 20), (250, 220, 60), (40, 150, 70), (90, 230, 230),
-            (240, 240, 240)),
-        'root': 'data/shapes',
-        'labels': ('SegmentationClass',),
-        'train': 'train', 'val': 'val',
-        'get': 'run `python prepare.py shapes`',
-    },
-}
+GET_AGAIN = 'get the file again or take it out of the list'
 
 
 def get_facts() -> dict:
-    """Return the facts of the data set in settings.
+    """Return the facts of the data set in settings: see DATASETS in recipes.py.
+
+    Those of DATASET=folder, a user's own pictures, are in dataset.json of its root.
 
     Raises:
-        ValueError: for a name that DATASETS does not have.
+        ValueError, FileNotFoundError: in a sentence, for a name that DATASETS does not
+            have, or a folder that prepare.py has not seen.
     """
     if settings.DATASET not in DATASETS:
         raise ValueError(f'DATASET={settings.DATASET} is unknown: choose one of '
                          f'{", ".join(DATASETS)}')
-    return DATASETS[settings.DATASET]
+    facts = DATASETS[settings.DATASET]
+    if facts['classes']:
+        return facts
+    file = Path(settings.DATA_ROOT or facts['root']) / 'dataset.json'
+    try:
+        found = json.loads(file.read_text())
+        value_map = {int(k): int(v) for k, v in found['map'].items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f'there is no {file}: {facts["get"]} to make it from your pictures and '
+            'masks, or set DATA_ROOT to the folder that it is in') from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f'{file} cannot be read ({error}): write it again with '
+                         '`python prepare.py folder`') from None
+    return {**facts, **found, 'map': value_map}
 
 
 # -- files -----------------------------------------------------------------------------
 
 class Folder:
-    """The pictures and masks of one list of a data set in the VOC layout.
+    """The pictures and masks of one list of a data set.
 
-    JPEGImages/<id>.jpg, <labels>/<id>.png, ImageSets/Segmentation/<split>.txt.
+    ImageSets/Segmentation/<split>.txt holds an entry a line: what stands for {} in the
+    facts' `images` and `masks`, or one such for each of the two with a tab between.
 
     Args:
         root: folder of the data set.
         split: name of the list, without .txt.
-        facts: an entry of DATASETS.
+        facts: of the data set, see DATASETS in recipes.py.
+        is_complete: raise where a file of the list is missing.
 
     Raises:
         FileNotFoundError, ValueError: in a sentence, where the folder, the list or a
             file of it is missing.
     """
 
-    def __init__(self, root: str, split: str, facts: dict):
+    def __init__(self, root: str, split: str, facts: dict, is_complete: bool = True):
         self.n_classes, self.split = len(facts['classes']), split
         folder = Path(root)
         if not folder.is_dir():
@@ -112,30 +87,54 @@ class Folder:
                 f'there is no data in {root}: {facts["get"]}, or set DATA_ROOT to '
                 'where it is; `sh demo.sh` tries everything without data')
         lists = folder / 'ImageSets' / 'Segmentation'
-        file = lists / f'{split}.txt'
-        if not file.is_file():
+        self.file = lists / f'{split}.txt'
+        if not self.file.is_file():
             found = ', '.join(sorted(p.stem for p in lists.glob('*.txt'))) or 'none'
             raise FileNotFoundError(
-                f'there is no list {file}: set TRAIN_SPLIT and VAL_SPLIT to lists that '
-                f'are there ({found}), or {facts["get"]}')
-        self.ids = file.read_text().split()
-        self.images = folder / 'JPEGImages'
-        self.labels = next((folder / name for name in facts['labels']
-                            if (folder / name).is_dir()), folder / facts['labels'][0])
-        if not self.ids:
-            raise ValueError(f'the list {file} is empty: {facts["get"]}')
-        for where, suffix in ((self.images, '.jpg'), (self.labels, '.png')):
-            there = {p.name for p in where.glob('*' + suffix)}
-            lost = [i for i in self.ids if i + suffix not in there]
-            if lost:
-                raise FileNotFoundError(
-                    f'{len(lost)} of the {len(self.ids)} entries of {file} have no '
-                    f'file in {where}, the first is {lost[0]}{suffix}: complete the '
-                    'data or take the lines out of the list')
+                f'there is no list {self.file}: set TRAIN_SPLIT and VAL_SPLIT to lists '
+                f'that are there ({found}), or {facts["get"]}')
+        lines = [line.strip() for line in self.file.read_text().splitlines()]
+        entries = [line.split('\t') for line in lines if line]
+        if not entries:
+            raise ValueError(f'the list {self.file} is empty: {facts["get"]}')
+        masks = next((mask for mask in facts['masks']
+                      if (folder / mask.split('{}')[0]).is_dir()), facts['masks'][0])
+        self.root, self.masks = folder, masks.split('{}')[0].strip('/')
+        self.ids = [e[0] if len(e) == 1 else os.path.splitext(e[0])[0] for e in entries]
+        self.images = [str(folder / facts['images'].replace('{}', e[0]))
+                       for e in entries]
+        self.labels = [str(folder / masks.replace('{}', e[-1])) for e in entries]
+        self.n_raw = max(facts['map'], default=-1) + 1  # values that `map` may turn up
+        table = {**dict(enumerate(range(256))), **facts['map']}
+        self.table = bytes(table.values()) if facts['map'] else None
         self.is_checked = bytearray(len(self.ids))  # masks whose values are known good
+        self.pack = None
+        lost = self.find_missing() if is_complete else []
+        if lost:
+            raise FileNotFoundError(
+                f'{len(lost)} of the {2 * len(self)} files of {self.file} are missing, '
+                f'the first is {lost[0]}: complete the data or take the lines out of '
+                'the list')
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def find_missing(self) -> list[str]:
+        """Return the files of the list that are not there; each folder is read once."""
+        there, lost = {}, []
+        for path in (*self.images, *self.labels):
+            where, name = os.path.split(path)
+            if where not in there:
+                there[where] = set(os.listdir(where)) if os.path.isdir(where) else ()
+            if name not in there[where]:
+                lost.append(path)
+        return lost
+
+    def open(self, paths: list[str], index: int) -> str | io.BytesIO:
+        """Return what Pillow opens: the path of a file, or its bytes in the cache."""
+        if self.pack is None:
+            return paths[index]
+        return io.BytesIO(self.pack[index + (len(self) if paths is self.labels else 0)])
 
     def read_image(self, index: int) -> np.ndarray:
         """Decode a picture.
@@ -146,14 +145,31 @@ class Folder:
         Raises:
             ValueError: in a sentence, for a file that cannot be decoded.
         """
-        path = self.images / f'{self.ids[index]}.jpg'
         try:
-            with Image.open(path) as picture:
-                is_rgb = picture.mode == 'RGB'
-                return np.asarray(picture if is_rgb else picture.convert('RGB'))
-        except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, of broken files
-            raise ValueError(f'{path} cannot be decoded ({error}): get the file again '
-                             'or take it out of the list') from None
+            with Image.open(self.open(self.images, index)) as picture:
+                return as_rgb(picture)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f'{self.images[index]} cannot be decoded ({error}): '
+                             f'{GET_AGAIN}') from None
+
+    def read_values(self, index: int) -> np.ndarray:
+        """Read a mask as it is in the file: (h, w) uint8.
+
+        Raises:
+            ValueError: in a sentence, for a mask that is damaged or not of one byte a
+                pixel.
+        """
+        try:
+            with Image.open(self.open(self.labels, index)) as mask:
+                mode, values = mask.mode, np.asarray(mask)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f'{self.labels[index]} cannot be decoded ({error}): '
+                             f'{GET_AGAIN}') from None
+        if mode not in ('P', 'L'):
+            raise ValueError(f'{self.labels[index]} is of mode {mode}: a mask has one '
+                             'byte a pixel, the class, as palette (P) or grey (L); '
+                             'convert it')
+        return values
 
     def read_label(self, index: int) -> np.ndarray:
         """Read a mask; the first time its values are checked.
@@ -165,24 +181,18 @@ class Folder:
             ValueError: in a sentence, for a mask that is RGB, damaged or has other
                 values.
         """
-        path = self.labels / f'{self.ids[index]}.png'
-        try:
-            with Image.open(path) as mask:
-                mode, label = mask.mode, np.asarray(mask)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f'{path} cannot be decoded ({error}): get the file again '
-                             'or take it out of the list') from None
-        if mode not in ('P', 'L'):
-            raise ValueError(f'{path} is of mode {mode}: a mask has one byte a pixel, '
-                             'the class, as palette (P) or grey (L); convert it')
+        label = self.read_values(index)
+        if self.table is not None:
+            mapped = label.tobytes().translate(self.table)
+            label = np.frombuffer(mapped, np.uint8).reshape(label.shape)
         if not self.is_checked[index]:
             wrong = label[(label >= self.n_classes) & (label != IGNORED)]
             if len(wrong):
                 raise ValueError(
-                    f'{path} has the value {wrong.min()} at '
+                    f'{self.labels[index]} has the value {wrong.min()} at '
                     f'{(wrong == wrong.min()).sum()} pixels: labels are 0 to '
-                    f'{self.n_classes - 1}, or 255 for ignored; is DATASET the right '
-                    'one?')
+                    f'{max(self.n_classes, self.n_raw) - 1}, or 255 for ignored; is '
+                    'DATASET the right one?')
             self.is_checked[index] = 1
         return label
 
@@ -196,14 +206,93 @@ class Folder:
         return image, label
 
 
-def open_split(split: str) -> Folder:
+def as_rgb(picture: Image.Image) -> np.ndarray:
+    """Decode a picture of any mode to (h, w, 3) uint8; 16-bit grey keeps its high byte.
+    """
+    if picture.mode.startswith('I'):
+        return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, 2)
+    return np.asarray(picture if picture.mode == 'RGB' else picture.convert('RGB'))
+
+
+def open_split(split: str, is_complete: bool = True) -> Folder:
     """Open a list of the data set in settings: 'train', 'val' are its usual ones."""
     facts = get_facts()
     chosen = {'train': settings.TRAIN_SPLIT, 'val': settings.VAL_SPLIT}[split]
-    return Folder(settings.DATA_ROOT or facts['root'], chosen or facts[split], facts)
+    return Folder(settings.DATA_ROOT or facts['root'], chosen or facts[split], facts,
+                  is_complete)
+
+
+class Pack:
+    """Many files in one: an uncompressed zip that all loader processes read from.
+
+    Pictures stay encoded. The zip is written once and used again as long as the files
+    in it have not changed; the system keeps one copy of it in memory for all processes.
+
+    Args:
+        paths: of the files.
+        file: the zip, on a fast disk or in memory (/dev/shm/NAME on Linux).
+
+    Raises:
+        OSError: in a sentence, where there is no room for it.
+        ValueError: where `file` is there and is no such zip.
+    """
+
+    def __init__(self, paths: list[str], file: str):
+        stats = [os.stat(path) for path in paths]
+        marks = [(path, s.st_size, s.st_mtime_ns)
+                 for path, s in zip(paths, stats, strict=True)]
+        self.comment = hashlib.sha256(json.dumps(marks).encode()).hexdigest().encode()
+        self.file, self.zip, self.process = file, None, 0
+        size = sum(s.st_size for s in stats)
+        print(f'cache: {len(paths)} files, {size / 1e9:.2f} GB, in {file}', flush=True)
+        if not self.is_written():
+            self.write(paths, size)
+
+    def __getitem__(self, index: int) -> bytes:
+        if self.process != os.getpid():  # a file handle must not be shared
+            self.zip, self.process = zipfile.ZipFile(self.file), os.getpid()
+        return self.zip.read(str(index))
+
+    def is_written(self) -> bool:
+        """Tell whether the zip is there and of these very files."""
+        if not os.path.exists(self.file):
+            return False
+        try:
+            with zipfile.ZipFile(self.file) as found:
+                comment = found.comment
+        except (zipfile.BadZipFile, OSError):
+            comment = b''
+        if len(comment) != len(self.comment):
+            raise ValueError(f'CACHE={self.file} is there and is no cache of this '
+                             'project: give another name')
+        return comment == self.comment
+
+    def write(self, paths: list[str], size: int) -> None:
+        """Write the zip under a temporary name and rename it."""
+        where = os.path.dirname(os.path.abspath(self.file))
+        free = shutil.disk_usage(where).free if os.path.isdir(where) else 0
+        if free < size:
+            raise OSError(f'CACHE={self.file} takes {size / 1e9:.2f} GB, but '
+                          f'{free / 1e9:.2f} GB are free in {where}: give a file '
+                          'elsewhere, or leave CACHE empty')
+        temporary = Path(f'{self.file}.{os.getpid()}.tmp')
+        try:
+            with zipfile.ZipFile(temporary, 'w') as target:
+                for i, path in enumerate(tqdm(paths, 'caching', unit='file',
+                                              leave=False, disable=None)):
+                    target.writestr(str(i), Path(path).read_bytes())
+                target.comment = self.comment
+            os.replace(temporary, self.file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 # -- training samples ------------------------------------------------------------------
+
+def crop_size() -> tuple[int, int]:
+    """Return (h, w) of a training crop, as settings say."""
+    return settings.CROP_SIZE, settings.CROP_WIDTH or settings.CROP_SIZE
+
 
 class TrainSet(Dataset):
     """Batches of training samples: scaled, cropped, mirrored, padded bytes.
@@ -217,19 +306,20 @@ class TrainSet(Dataset):
 
     Args:
         folder: pictures and masks.
-        crop: side of a sample.
+        crop: (h, w) of a sample.
         scales: one is drawn for each sample.
         use_flip: mirror every other sample.
         mean: of the pixels in 0..1, fills the padding.
         seed: of the whole run.
     """
 
-    def __init__(self, folder: Folder, crop: int, scales: tuple[float, ...],
-                 use_flip: bool, mean: tuple[float, ...], seed: int):
+    def __init__(self, folder: Folder, crop: tuple[int, int],
+                 scales: tuple[float, ...], use_flip: bool, mean: tuple[float, ...],
+                 seed: int):
         self.folder, self.crop, self.scales = folder, crop, scales
         self.use_flip, self.seed = use_flip, seed
         fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8)
-        self.blank = fill.repeat(crop, crop, 1)  # (crop, crop, 3), padding to copy
+        self.blank = fill.repeat(*crop, 1)  # (h, w, 3), padding to copy
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -244,8 +334,8 @@ class TrainSet(Dataset):
         """
         draw = np.random.default_rng((self.seed, epoch, index))
         scale = max(self.scales[draw.integers(len(self.scales))], 1 / min(h, w))
-        side = math.ceil(self.crop / scale)
-        height, width = min(h, side), min(w, side)
+        height, width = (min(n, math.ceil(crop / scale))
+                         for n, crop in zip((h, w), self.crop, strict=True))
         top = int(draw.integers(h - height + 1))
         left = int(draw.integers(w - width + 1))
         is_flipped = bool(draw.integers(2)) and self.use_flip
@@ -264,22 +354,23 @@ class TrainSet(Dataset):
             # in this order of views torch sees channels last, and keeps to it
             image = F.interpolate(image[None].permute(0, 3, 1, 2), scale_factor=scale,
                                   mode='bilinear').permute(0, 2, 3, 1)[0]
-            rows, cols = (((np.arange(min(n, self.crop)) + 0.5) / scale).astype(int)
-                          for n in image.shape[:2])
+            rows, cols = (((np.arange(min(n, crop)) + 0.5) / scale).astype(int)
+                          for n, crop in zip(image.shape[:2], self.crop, strict=True))
             label = label.take(np.minimum(cols, w - 1), 1).take(
                 np.minimum(rows, h - 1), 0)
         label = torch.from_numpy(np.array(label))
-        return image[:self.crop, :self.crop], label[:self.crop, :self.crop]
+        h, w = self.crop
+        return image[:h, :w], label[:h, :w]
 
     def __getitems__(self, places: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Make the samples of (epoch, index) places, written straight into a batch.
 
         Returns:
-            images (b, 3, crop, crop) uint8, channels last in memory, and labels
-            (b, crop, crop) uint8.
+            images (b, 3, h, w) uint8, channels last in memory, and labels (b, h, w)
+            uint8.
         """
-        images = torch.empty(len(places), self.crop, self.crop, 3, dtype=torch.uint8)
-        labels = torch.empty(len(places), self.crop, self.crop, dtype=torch.uint8)
+        images = torch.empty(len(places), *self.crop, 3, dtype=torch.uint8)
+        labels = torch.empty(len(places), *self.crop, dtype=torch.uint8)
         if get_worker_info() is not None:  # spares the copy to the main process
             images.share_memory_()
             labels.share_memory_()
@@ -338,11 +429,16 @@ def as_it_is(batch):
     return batch
 
 
-def n_workers() -> int:
-    """Return N_WORKERS, but no more than this process has cores."""
+def n_cores() -> int:
+    """Return how many cores this process may use."""
     has_affinity = hasattr(os, 'sched_getaffinity')
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return min(settings.N_WORKERS, cores)
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def n_workers() -> int:
+    """Return N_WORKERS, but no more than this process's share of the cores."""
+    n_processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # torchrun sets it
+    return min(settings.N_WORKERS, max(n_cores() // n_processes, 1))
 
 
 def train_loader(folder: Folder, first: int, last: int, device_type: str,
@@ -350,10 +446,10 @@ def train_loader(folder: Folder, first: int, last: int, device_type: str,
     """Return the loader of the steps first .. last - 1, as settings say.
 
     Returns:
-        A loader of (images (b, 3, c, c) uint8, labels (b, c, c) uint8), this rank's
+        A loader of (images (b, 3, h, w) uint8, labels (b, h, w) uint8), this rank's
         share; its batch_sampler tells the places of a step.
     """
-    samples = TrainSet(folder, settings.CROP_SIZE, settings.SCALES, settings.USE_FLIP,
+    samples = TrainSet(folder, crop_size(), settings.SCALES, settings.USE_FLIP,
                        settings.MEAN, settings.SEED)
     sampler = StepSampler(len(folder), settings.BATCH_SIZE, settings.SEED, first, last,
                           rank, world)

@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     run = torch.compile(net, dynamic=True) if settings.COMPILE else net
     stages = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
     print('\n'.join([*lines, f'{path}, step {content["step"]}, on {len(folder)} images '
-                     f'of list {folder.split} in {folder.images.parent}, stride '
+                     f'of list {folder.split} in {folder.root}, stride '
                      f'{net.stride}, T = {stages}, {precision}']))
 
     n_classes, sheet = len(facts['classes']), Sheet(args.pictures, facts['palette'])

@@ -102,11 +102,10 @@ def measure_cost(size: int) -> dict:
 def reference_sample(folder: dataset.Folder, index: int, draw: np.random.Generator
                      ) -> tuple[Tensor, Tensor]:
     """Load a training sample as the released code does: floats, resized whole."""
-    crop = settings.CROP_SIZE
-    with Image.open(folder.images / f'{folder.ids[index]}.jpg') as picture:
+    crop = dataset.crop_size()
+    with Image.open(folder.images[index]) as picture:
         image = torch.FloatTensor(np.array(picture.convert('RGB'))) / 255
-    with Image.open(folder.labels / f'{folder.ids[index]}.png') as picture:
-        label = torch.FloatTensor(np.array(picture))[None, None]
+    label = torch.FloatTensor(np.array(folder.read_label(index)))[None, None]
     image = (image - torch.tensor(settings.MEAN)) / torch.tensor(settings.STD)
     image = image.permute(2, 0, 1)[None]                           # (1, 3, h, w)
     scale = float(draw.choice(settings.SCALES))
@@ -114,11 +113,12 @@ def reference_sample(folder: dataset.Folder, index: int, draw: np.random.Generat
                           align_corners=True)
     label = F.interpolate(label, scale_factor=scale, mode='nearest')
     h, w = image.shape[2:]
-    pad = (0, max(crop - w, 0), 0, max(crop - h, 0))
+    pad = (0, max(crop[1] - w, 0), 0, max(crop[0] - h, 0))
     image, label = F.pad(image, pad), F.pad(label, pad, value=dataset.IGNORED)
-    top, left = (draw.integers(n - crop + 1) for n in image.shape[2:])
-    image = image[..., top:top + crop, left:left + crop]
-    label = label[..., top:top + crop, left:left + crop]
+    top, left = (draw.integers(n - side + 1)
+                 for n, side in zip(image.shape[2:], crop, strict=True))
+    image = image[..., top:top + crop[0], left:left + crop[1]]
+    label = label[..., top:top + crop[0], left:left + crop[1]]
     if draw.integers(2):
         image, label = image.flip(3), label.flip(3)
     return image[0], label[0, 0].long()
@@ -183,7 +183,7 @@ def measure_loader(rounds: int) -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder, n = dataset.open_split('train'), 32
-    samples = dataset.TrainSet(folder, settings.CROP_SIZE, settings.SCALES,
+    samples = dataset.TrainSet(folder, dataset.crop_size(), settings.SCALES,
                                settings.USE_FLIP, settings.MEAN, settings.SEED)
     order = dataset.StepSampler(len(folder), n, settings.SEED, 0, 0)
     state = {'step': 0, 'draw': np.random.default_rng(0)}
@@ -209,11 +209,11 @@ def measure_loader(rounds: int) -> dict:
 def make_step(side: str, n_classes: int, device: torch.device, batch: int) -> Callable:
     """Return a function that does one training step in a side's manner."""
     import train
-    crop = settings.CROP_SIZE
+    crop = dataset.crop_size()
     draw = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (batch, crop, crop, 3), dtype=torch.uint8,
+    images = torch.randint(256, (batch, *crop, 3), dtype=torch.uint8,
                            generator=draw).permute(0, 3, 1, 2)
-    labels = torch.randint(n_classes, (batch, crop, crop), dtype=torch.uint8,
+    labels = torch.randint(n_classes, (batch, *crop), dtype=torch.uint8,
                            generator=draw)
     if side == 'reference manner':
         step = ReferenceStep(n_classes, device)

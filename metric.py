@@ -1,4 +1,4 @@
-"""The confusion matrix and the scores that are read off it.
+"""What is minimised, and what is reported: the loss, the confusion matrix, the scores.
 
     from metric import confusion, score
     score(confusion(prediction, label, n_classes=21))['mIoU']
@@ -7,7 +7,66 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PixelLoss(nn.Module):
+    """Cross-entropy over the pixels of each image, weighted, or of its hard ones.
+
+    With OHEM (online hard example mining) an image's loss is the mean over the pixels
+    that are kept. They are chosen in each image by itself, so that it does not matter
+    how a batch is divided.
+
+    Args:
+        weights: of the classes; a single one is for all.
+        kept: share of the valid pixels that OHEM keeps, the hardest; 0 is off.
+        below: OHEM keeps those whose true class is less probable than this; 0 is off.
+        least: pixels of an image that OHEM keeps at least, if there are so many valid.
+        ignored: the label of pixels that are not learned.
+    """
+
+    def __init__(self, weights: Sequence[float] = (1.0,), kept: float = 0.0,
+                 below: float = 0.0, least: int = 0, ignored: int = 255):
+        super().__init__()
+        self.kept, self.below, self.least = kept, below, least
+        self.ignored, self.is_weighted = ignored, any(w != 1 for w in weights)
+        table = torch.full((256,), float(weights[0]))
+        table[:len(weights)] = torch.tensor(weights)
+        self.register_buffer('weights', table, persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Score each image.
+
+        Args:
+            logits: (b, classes, h, w), at least float32.
+            labels: (b, h, w), 0 .. classes - 1 or `ignored`.
+
+        Returns:
+            (b,): the losses summed over the valid pixels of each image; with OHEM the
+            mean over the kept ones, times h * w.
+        """
+        labels = labels.long()
+        losses = F.cross_entropy(logits, labels, reduction='none',
+                                 ignore_index=self.ignored)        # (b, h, w)
+        weighted = losses * self.weights[labels] if self.is_weighted else losses
+        if not (self.kept or self.below):
+            return weighted.sum((1, 2))
+        is_kept = self.choose(losses.detach(), labels != self.ignored)
+        n_kept = is_kept.sum((1, 2)).clamp(min=1)
+        return (weighted * is_kept).sum((1, 2)) / n_kept * labels[0].numel()
+
+    def choose(self, losses: Tensor, is_valid: Tensor) -> Tensor:
+        """Return which pixels OHEM keeps: (b, h, w) bool, as losses and is_valid."""
+        ordered = losses.masked_fill(~is_valid, -1).flatten(1).sort(1, True).values
+        n_valid = is_valid.sum((1, 2))                             # (b,)
+        if self.kept:
+            n_kept = (self.kept * n_valid).ceil().long()
+        else:
+            n_kept = (ordered > -math.log(self.below)).sum(1)
+        n_kept = n_kept.clamp(min=self.least).minimum(n_valid)
+        bar = ordered.gather(1, (n_kept - 1).clamp(min=0)[:, None])[..., None]
+        return is_valid & (losses >= bar) & (n_kept > 0)[:, None, None]
 
 
 def confusion(prediction: Tensor, label: Tensor, n_classes: int) -> Tensor:

@@ -8,7 +8,6 @@ pixels, k bases, c channels, T stages.
 """
 import contextlib
 import math
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 
 import settings
 from backbone import ConvBNReLU, ResNet
+from heads import FCNHead
+from metric import PixelLoss
 
 EPS = 1e-6  # added to both denominators, as in the released code
 
@@ -302,19 +303,10 @@ class EMAHead(nn.Module):
         self.emau.update_bases(is_sound)
 
 
-def sum_cross_entropy(logits: Tensor, labels: Tensor, ignored: int = 255) -> Tensor:
-    """Sum the cross-entropy over the valid pixels of each image.
-
-    Args:
-        logits: (b, classes, h, w).
-        labels: (b, h, w), 0 .. classes - 1 or `ignored`.
-
-    Returns:
-        (b,) in at least float32.
-    """
-    loss = F.cross_entropy(at_least_float32(logits), labels.long(), reduction='none',
-                           ignore_index=ignored)                   # (b, h, w)
-    return loss.sum((1, 2))
+def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Upsample logits (b, classes, h', w') to (h, w), in at least float32."""
+    return F.interpolate(at_least_float32(logits), size, mode='bilinear',
+                         align_corners=True)
 
 
 class Segmenter(nn.Module):
@@ -325,14 +317,19 @@ class Segmenter(nn.Module):
         head: list of features -> logits (b, classes, h/os, w/os).
         stride: os, pixels of the image per feature.
         mean, std: of the pixels in 0..1, for each of red, green and blue.
-        loss: (logits, labels) -> (b,), the sum over each image's valid pixels.
+        loss: (logits, labels) -> (b,), the sum over each image's valid pixels; None
+            is the plain cross-entropy.
+        aux: a second head, trained beside the first and not asked at inference.
+        aux_weight: of its loss.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, stride: int,
                  mean: tuple[float, ...], std: tuple[float, ...],
-                 loss: Callable[[Tensor, Tensor], Tensor] = sum_cross_entropy):
+                 loss: nn.Module | None = None, aux: nn.Module | None = None,
+                 aux_weight: float = 0.0):
         super().__init__()
-        self.backbone, self.head, self.stride, self.loss = backbone, head, stride, loss
+        self.backbone, self.head, self.stride = backbone, head, stride
+        self.loss, self.aux, self.aux_weight = loss or PixelLoss(), aux, aux_weight
         self.pixels = {'mean': mean, 'std': std}
         for name in self.pixels:
             self.register_buffer(name, torch.zeros(1, 3, 1, 1), False)
@@ -367,12 +364,16 @@ class Segmenter(nn.Module):
             pixels (b,), and the logits (b, classes, h/os, w/os) before upsampling.
         """
         x = self.normalise(images) if images.dtype == torch.uint8 else images
-        small = self.head(self.backbone(x))                # (b, classes, h/os, w/os)
-        logits = F.interpolate(at_least_float32(small), images.shape[2:],
-                               mode='bilinear', align_corners=True)
+        feats = self.backbone(x)
+        small = self.head(feats)                           # (b, classes, h/os, w/os)
+        logits = enlarge(small, images.shape[2:])
         if labels is None:
             return logits
-        return self.loss(logits, labels), small
+        losses = self.loss(logits, labels)                 # (b,)
+        if self.aux is not None:
+            aux_logits = enlarge(self.aux(feats), images.shape[2:])
+            losses = losses + self.aux_weight * self.loss(aux_logits, labels)
+        return losses, small
 
     def update_bases(self, is_sound: Tensor | bool = True) -> None:
         """Update what the head keeps besides weights, after a whole batch."""
@@ -404,5 +405,15 @@ def build(n_classes: int, is_eval: bool = False) -> Segmenter:
         update=settings.EM_UPDATE, gradient=settings.EM_GRADIENT,
         momentum=settings.EM_MOM, renorm=settings.EM_RENORM, conv1=settings.EM_CONV1,
         auto_update=False)
-    net = Segmenter(backbone, head, stride, settings.MEAN, settings.STD)
+    if len(settings.CLASS_WEIGHTS) not in (1, n_classes):
+        raise ValueError(f'CLASS_WEIGHTS has {len(settings.CLASS_WEIGHTS)} numbers for '
+                         f'{n_classes} classes: give one for each, or a single one')
+    loss = PixelLoss(settings.CLASS_WEIGHTS, settings.OHEM_KEPT, settings.OHEM_BELOW,
+                     settings.OHEM_MIN)
+    aux = None
+    if settings.AUX_WEIGHT:
+        aux = FCNHead(backbone.channels, n_classes, level=2, dropout=settings.DROPOUT,
+                      bn_momentum=settings.BN_MOM)
+    net = Segmenter(backbone, head, stride, settings.MEAN, settings.STD, loss, aux,
+                    settings.AUX_WEIGHT)
     return net.train(not is_eval)

@@ -28,7 +28,7 @@ EXIT_USER = 2       # a sentence was printed: change something, then try again
 EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from it
 EXIT_CTRL_C = 130
 # These may differ between a run and its continuation: they do not change the result.
-FREE = ('RECIPE', 'RESUME', 'LOG_DIR', 'DATA_ROOT', 'MODEL_DIR', 'DEVICE',
+FREE = ('RECIPE', 'RESUME', 'LOG_DIR', 'DATA_ROOT', 'CACHE', 'MODEL_DIR', 'DEVICE',
         'CHANNELS_LAST', 'COMPILE', 'N_WORKERS', 'LOG_EVERY', 'IMAGE_EVERY',
         'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT', 'VAL_SPLIT', 'EVAL_STRIDE',
         'EVAL_STAGE_NUM')

@@ -11,11 +11,12 @@ LOG_DIR = 'logdir'          # folder: everything that a run writes
 RESUME = ''                 # 'force': go on although settings have changed
 
 # -- the data
-DATASET = 'voc'             # a name in DATASETS of dataset.py
+DATASET = 'voc'             # a name in DATASETS of recipes.py
 DATA_ROOT = ''              # folder; '' is the data set's own, below data/
 TRAIN_SPLIT = ''            # list to train on; '' is the data set's own (voc: trainaug)
 VAL_SPLIT = ''              # list to evaluate on; '' is the data set's own (voc: val)
-CROP_SIZE = 513             # pixels, side of a training crop
+CROP_SIZE = 513             # pixels, height of a training crop
+CROP_WIDTH = 0              # pixels, its width; 0 is CROP_SIZE
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # one is drawn for each sample
 USE_FLIP = True             # mirror every other sample, left to right
 MEAN = (0.485, 0.456, 0.406)  # of the pixels in 0..1, red green blue
@@ -29,6 +30,7 @@ EVAL_STRIDE = 0             # the same at evaluation; 0 is STRIDE
 MULTI_GRID = (1, 2, 4)      # dilation factors of the blocks of layer4
 PRETRAINED = 'auto'         # auto, none, a torchvision name (IMAGENET1K_V1) or a file
 MODEL_DIR = 'models'        # folder of the ImageNet weights
+INIT_FROM = ''              # checkpoint of a whole network to start from
 BN_MOM = 3e-4               # share of the new batch in the running statistics
 
 # -- the head and its EM attention unit
@@ -54,11 +56,18 @@ ACCUMULATE = 1              # parts a batch is computed in, to save memory
 ITER_MAX = 30000            # steps
 LR = 0.009                  # learning rate at the start
 LR_POWER = 0.9              # LR * (1 - step / ITER_MAX) ** LR_POWER
+LR_END = 0.0                # the rate falls from LR to this
 LR_EVERY = 10               # steps between refreshes of the rate
 LR_MOM = 0.9                # momentum of SGD
 BIAS_LR = 2.0               # times LR for every bias
 WEIGHT_DECAY = 1e-4         # on the convolutions' weights only
+DECAY_ALL = False           # on batch norms and biases too
 LOSS_NORM = 'all'           # divide by all pixels of the batch, or by the valid ones
+CLASS_WEIGHTS = (1.0,)      # of the loss, one a class; a single one is for all
+OHEM_KEPT = 0.0             # learn this share of an image's pixels, the hardest; 0: all
+OHEM_BELOW = 0.0            # or those whose class is less probable than this; 0: all
+OHEM_MIN = 100000           # pixels of an image that OHEM keeps at least
+AUX_WEIGHT = 0.0            # of the loss of an FCN head on layer3; 0 is without
 CLIP_GRAD = 0.0             # largest norm of the gradient; 0 is off
 
 # -- the machine; none of these changes what is computed, PRECISION only how exactly
@@ -67,6 +76,7 @@ PRECISION = 'auto'          # fp32, bf16, fp16; auto is bf16 where the device ha
 CHANNELS_LAST = True        # memory order of the convolutions' tensors
 COMPILE = False             # torch.compile the network
 N_WORKERS = 4               # loader processes; 0 loads in the main one
+CACHE = ''                  # file to pack the training pictures into; '' is off
 
 # -- the log and the checkpoints
 LOG_EVERY = 10              # steps between log lines

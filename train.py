@@ -31,10 +31,12 @@ import settings
 def poly_rate(step: int) -> float:
     """Return the learning rate of a step, 1 .. ITER_MAX, as settings say.
 
-    LR * (1 - step / ITER_MAX) ** LR_POWER, refreshed every LR_EVERY steps.
+    LR * (1 - step / ITER_MAX) ** LR_POWER, refreshed every LR_EVERY steps; with LR_END
+    what is above it falls so.
     """
     refreshed = step - step % settings.LR_EVERY
-    return settings.LR * (1 - refreshed / settings.ITER_MAX) ** settings.LR_POWER
+    share = (1 - refreshed / settings.ITER_MAX) ** settings.LR_POWER
+    return settings.LR_END + (settings.LR - settings.LR_END) * share
 
 
 def group_parameters(net: nn.Module) -> list[dict]:
@@ -42,8 +44,8 @@ def group_parameters(net: nn.Module) -> list[dict]:
 
     Returns:
         Groups for the optimizer: the convolutions' weights, with decay; other weights
-        (of batch norm, and bases that are trained), without; all biases, without decay
-        and with `times`, the factor of their rate.
+        (of batch norm, and bases that are trained), without unless DECAY_ALL; all
+        biases, likewise and with `times`, the factor of their rate.
     """
     weights, others, biases = [], [], []
     for module in net.modules():
@@ -51,9 +53,10 @@ def group_parameters(net: nn.Module) -> list[dict]:
             if p.requires_grad:
                 is_conv = isinstance(module, nn.Conv2d)
                 (biases if name == 'bias' else weights if is_conv else others).append(p)
+    decay = settings.WEIGHT_DECAY if settings.DECAY_ALL else 0.0
     return [{'params': weights, 'weight_decay': settings.WEIGHT_DECAY, 'times': 1.0},
-            {'params': others, 'weight_decay': 0.0, 'times': 1.0},
-            {'params': biases, 'weight_decay': 0.0, 'times': settings.BIAS_LR}]
+            {'params': others, 'weight_decay': decay, 'times': 1.0},
+            {'params': biases, 'weight_decay': decay, 'times': settings.BIAS_LR}]
 
 
 class Session:
@@ -179,17 +182,18 @@ def check_settings() -> None:
     """Refuse settings that cannot be trained, each in a sentence."""
     s = settings
     for low, high, names in (
-            (0, 1, 'BN_MOM EM_MOM LR_MOM DROPOUT'),
+            (0, 1, 'BN_MOM EM_MOM LR_MOM DROPOUT OHEM_KEPT OHEM_BELOW'),
             (1, math.inf, 'BATCH_SIZE ACCUMULATE ITER_MAX LR_EVERY LOG_EVERY ITER_SAVE '
                           'CROP_SIZE HEAD_CHANNELS'),
             (0, math.inf, 'SEED FC1_CHANNELS EM_LAMBDA LR LR_POWER BIAS_LR CLIP_GRAD '
-                          'WEIGHT_DECAY N_WORKERS IMAGE_EVERY EVAL_EVERY KEEP')):
+                          'WEIGHT_DECAY N_WORKERS IMAGE_EVERY EVAL_EVERY KEEP '
+                          'CROP_WIDTH LR_END OHEM_MIN AUX_WEIGHT')):
         for name in names.split():
             if not low <= getattr(s, name) <= high:
                 wanted = f'{low} or more' if high == math.inf else f'{low} to {high}'
                 raise ValueError(f'{name}={getattr(s, name)}: {wanted} is expected')
     for name, n, low in (('MEAN', 3, 0), ('STD', 3, 1e-6), ('SCALES', 0, 1e-3),
-                         ('MULTI_GRID', 0, 1)):
+                         ('MULTI_GRID', 0, 1), ('CLASS_WEIGHTS', 0, 0)):
         value = getattr(s, name)
         if min(value) < low or n and len(value) != n:
             raise ValueError(f'{name}={runtime.show_value(value)}: {n or "some"} '
@@ -202,6 +206,16 @@ def check_settings() -> None:
                          f'{s.ACCUMULATE} equal parts: make one divide the other')
     if s.LOSS_NORM not in ('all', 'valid'):
         raise ValueError(f'LOSS_NORM={s.LOSS_NORM} is none of all, valid')
+    if s.OHEM_KEPT or s.OHEM_BELOW:
+        n_pixels = math.prod(dataset.crop_size())
+        if s.OHEM_KEPT and s.OHEM_BELOW or s.LOSS_NORM != 'all':
+            raise ValueError(
+                f'OHEM_KEPT={s.OHEM_KEPT} OHEM_BELOW={s.OHEM_BELOW} LOSS_NORM='
+                f'{s.LOSS_NORM}: one of the first two is expected, and LOSS_NORM=all, '
+                'since OHEM takes the mean over the pixels it keeps')
+        if s.OHEM_MIN >= n_pixels:
+            raise ValueError(f'OHEM_MIN={s.OHEM_MIN}, but a crop has {n_pixels} pixels,'
+                             ' so OHEM would keep them all: lower it')
 
 
 def compare_settings(recorded: dict, path) -> list[str]:
@@ -362,6 +376,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     folder = dataset.open_split('train')
     if settings.EVAL_EVERY:
         dataset.open_split('val')  # better now than at the first validation
+    if settings.CACHE:
+        folder.pack = dataset.Pack(folder.images + folder.labels, settings.CACHE)
     device = runtime.pick_device()
     content, path, lines = checkpoint.load_newest(settings.LOG_DIR)
     if content:
@@ -373,6 +389,14 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         if content['run']['precision'] != session.precision:
             lines.append(f'precision is {session.precision} now, it was '
                          f'{content["run"]["precision"]}')
+    elif settings.INIT_FROM:
+        found = checkpoint.load(settings.INIT_FROM)
+        if settings.STEM == 'auto':
+            settings.STEM = found['settings'].get('STEM', 'auto')
+        session = Session(len(facts['classes']), device)
+        checkpoint.load_net(session.raw, found['net'], settings.INIT_FROM)
+        session.weights = f'network: all weights of {settings.INIT_FROM}'
+        lines.append(session.weights)
     else:
         settings.STEM, source, line = backbone.choose_weights(
             settings.PRETRAINED, settings.STEM, settings.N_LAYERS, settings.MODEL_DIR)
@@ -402,9 +426,9 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     log.line(runtime.settings_text(), is_shown=False)
     log.line('\n'.join(f'{k}: {v}' for k, v in session.environment.items()))
     log.line(f'data: {settings.DATASET}, {len(folder)} images of list {folder.split} '
-             f'in {folder.images.parent}, masks in {folder.labels.name}')
+             f'in {folder.root}, masks in {folder.masks}')
     log.line(f'precision: {session.precision}; batch: {settings.BATCH_SIZE} crops of '
-             f'{settings.CROP_SIZE}; log: {settings.LOG_DIR}')
+             f'{"x".join(map(str, dataset.crop_size()))}; log: {settings.LOG_DIR}')
     for line in lines:
         log.line(line)
     return session, folder, facts, log

@@ -8,6 +8,7 @@ from conftest import write_voc
 from PIL import Image
 
 import dataset
+import recipes
 import settings
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data' / 'VOCdevkit' / 'VOC2012'
@@ -31,7 +32,8 @@ class Ramp:
 
 
 def make_set(folder, crop=33, scales=(0.5, 1.0, 1.75), use_flip=True, seed=3):
-    return dataset.TrainSet(folder, crop, scales, use_flip, (0.485, 0.456, 0.406), seed)
+    return dataset.TrainSet(folder, (crop, crop), scales, use_flip,
+                            (0.485, 0.456, 0.406), seed)
 
 
 @pytest.mark.parametrize('scale', [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0])
@@ -143,11 +145,12 @@ def test_masks_are_taken_from_aug_where_it_is(voc):
     for mask in (voc / 'SegmentationClass').iterdir():
         (voc / 'SegmentationClassAug' / mask.name).write_bytes(mask.read_bytes())
     folder = dataset.Folder(str(voc), 'train', dataset.DATASETS['voc'])
-    assert folder.labels.name == 'SegmentationClassAug'
+    assert folder.masks == 'SegmentationClassAug'
+    assert Path(folder.labels[0]) == voc / 'SegmentationClassAug/pic_0.png'
 
 
 def test_voc_palette():
-    palette = np.reshape(dataset.voc_palette(), (256, 3))
+    palette = np.reshape(recipes.voc_palette(), (256, 3))
     for index, colour in {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0),
                           15: (192, 128, 128), 20: (0, 64, 128),
                           255: (224, 224, 192)}.items():
@@ -155,10 +158,15 @@ def test_voc_palette():
 
 
 def test_facts_are_complete():
-    for facts in dataset.DATASETS.values():
-        assert len(facts['palette']) == 768 and len(set(facts['classes'])) > 1
-        assert {'classes', 'palette', 'root', 'labels', 'train', 'val', 'get'} <= set(
-            facts)
+    for name, facts in dataset.DATASETS.items():
+        assert {'classes', 'palette', 'root', 'images', 'masks', 'map', 'train', 'val',
+                'counts', 'get'} == set(facts)
+        n = len(facts['classes'])
+        assert len(facts['palette']) == 768 and len(set(facts['classes'])) == n
+        assert n > 1 or name == 'folder'
+        assert set(facts['map'].values()) <= {*range(n), 255}
+        colours = np.reshape(facts['palette'], (256, 3))[:n]
+        assert len(np.unique(colours, axis=0)) == n
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f'no real pictures in {REAL}')

@@ -1,7 +1,8 @@
 """Numbers of a small network, kept in golden.npz, that hold on every machine.
 
 They were made by this code when it agreed with the released implementation's numbers
-to 1e-6 and better (test_reference.py), so they hold the same ground where those are absent.
+to 1e-6 and better (test_reference.py), so they hold the same ground where those are
+absent.
 
     python tests/test_golden.py          # makes golden.npz anew
 """
