@@ -305,7 +305,7 @@ def test_released_architecture_is_read_off_the_shapes(depth, stem, fc1):
     renamed, found = checkpoint.convert_released(released, 'x.pth')
     unit = dict(MULTI_GRID=(1, 2, 4), STAGE_NUM=3, EM_LAMBDA=1.0, EM_KERNEL='exp_dot',
                 EM_NORM='l2', EM_GRADIENT='none', EM_UPDATE='moving_average',
-                EM_CONV1='auto')  # what the released code does
+                EM_CONV1='auto', AUX_WEIGHT=0.0)  # what the released code does
     assert found == {**choice, **unit}
     assert list(renamed) == list(state)
     assert all(renamed[key] is state[key] for key in state)
