@@ -21,7 +21,7 @@ MAY_IMPORT = {  # DESIGN.md, "Rooms"
     'settings': set(), 'recipes': set(), 'shapes': set(), 'metric': set(),
     'inference': set(), 'backbone': set(), 'heads': {'backbone'},
     'network': {'backbone', 'heads', 'metric', 'settings'},
-    'check': {'dataset', 'runtime', 'settings'},
+    'masks': {'recipes'}, 'check': {'dataset', 'runtime', 'settings'},
     **dict.fromkeys(('dataset', 'runtime', 'checkpoint'), {'settings', 'recipes'})}
 
 

@@ -1,0 +1,162 @@
+"""The loss of the pixels against loops over images and pixels in float64."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import metric
+
+# Shares are of few binary digits, so that share * pixels is exact.
+WAYS = {
+    'plain': {},
+    'weights': {'weights': (0.5, 2.0, 1.0, 0.0, 1.25)},
+    'one weight': {'weights': (0.25,)},
+    'share': {'kept': 0.375},
+    'whole share': {'kept': 1.0},
+    'share, least': {'kept': 0.125, 'least': 40},
+    'share, weights': {'kept': 0.5, 'weights': (0.5, 2.0, 1.0, 3.0, 1.25)},
+    'threshold': {'below': 0.2},
+    'threshold that few reach': {'below': 0.01, 'least': 25},
+    'threshold that none reaches': {'below': 1e-9},
+    'threshold, weights': {'below': 0.1, 'weights': (0.5, 2.0, 1.0, 3.0, 1.25)},
+    'more than there are': {'below': 0.1, 'least': 10000},
+}
+
+
+def make_batch(n=4, size=(9, 12), n_classes=5):
+    """Logits of some contrast; the last image has not one valid pixel."""
+    draw = np.random.default_rng(11)
+    logits = torch.from_numpy(3 * draw.standard_normal((n, n_classes, *size)))
+    labels = torch.from_numpy(draw.integers(0, n_classes, (n, *size), np.uint8))
+    labels[0, :4] = 255
+    labels[1, :, 5] = 255
+    labels[2, 2:] = 255
+    labels[-1] = 255
+    return logits, labels
+
+
+def naive_loss(logits, labels, weights=(1.0,), kept=0.0, below=0.0, least=0):
+    """Return what each image costs (b,) and the gradient (b, classes, h, w) of each."""
+    logits, labels = logits.double().numpy(), labels.numpy()
+    n, n_classes, h, w = logits.shape
+    values, gradient = [], np.zeros(logits.shape)
+    for b in range(n):
+        pixels = []
+        for y in range(h):
+            for x in range(w):
+                truth = int(labels[b, y, x])
+                if truth == 255:
+                    continue
+                powers = [math.exp(v) for v in logits[b, :, y, x]]
+                chances = [p / sum(powers) for p in powers]
+                pixels.append((chances[truth], y, x, truth, chances))
+        pixels.sort(key=lambda pixel: pixel[0])  # the hardest first
+        times = 1.0
+        if kept or below:
+            if kept:
+                n_kept = math.ceil(kept * len(pixels))
+            else:
+                n_kept = sum(chance < below for chance, *_ in pixels)
+            pixels = pixels[:max(n_kept, least)]
+            times = h * w / max(len(pixels), 1)
+        value = 0.0
+        for chance, y, x, truth, chances in pixels:
+            weight = times * (weights[truth] if len(weights) > 1 else weights[0])
+            value -= weight * math.log(chance)
+            for c in range(n_classes):
+                gradient[b, c, y, x] = weight * (chances[c] - (c == truth))
+        values.append(value)
+    return np.array(values), gradient
+
+
+@pytest.mark.parametrize('way', list(WAYS))
+def test_loss_and_gradient(way):
+    """The values, and the gradient of every pixel: 0 where it is not kept."""
+    logits, labels = make_batch()
+    wanted, gradient = naive_loss(logits, labels, **WAYS[way])
+    logits.requires_grad_()
+    found = metric.PixelLoss(**WAYS[way])(logits, labels)
+    assert found.shape == (4,)
+    assert np.allclose(found.detach().numpy(), wanted, rtol=1e-12, atol=1e-12)
+    found.sum().backward()
+    assert np.allclose(logits.grad.numpy(), gradient, rtol=1e-10, atol=1e-12)
+    is_learned = (logits.grad != 0).any(1).numpy()
+    assert np.array_equal(is_learned, (gradient != 0).any(1))
+    assert found[-1] == 0 and (wanted[:-1] > 0).all() == ('none' not in way)
+
+
+def test_ways_differ():
+    """The cases above are not one case: each keeps another set or weighs it so."""
+    logits, labels = make_batch()
+    found = {way: tuple(naive_loss(logits, labels, **words)[0].round(6))
+             for way, words in WAYS.items()}
+    assert found['more than there are'] == found['whole share']  # all valid ones
+    assert len(set(found.values())) == len(WAYS) - 1
+    n_kept = {way: [(naive_loss(logits, labels, **WAYS[way])[1][b] != 0).any(0).sum()
+                    for b in range(4)] for way in WAYS}
+    n_valid = [60, 99, 24, 0]
+    assert n_kept['plain'] == n_kept['whole share'] == n_valid
+    assert n_kept['share'] == [23, 38, 9, 0]
+    assert n_kept['share, least'] == [40, 40, 24, 0]
+    assert n_kept['more than there are'] == n_valid
+    assert n_kept['threshold that few reach'] == [25, 37, 24, 0]  # least, else more
+    assert all(0 < k < n for k, n in
+               zip(n_kept['threshold'][:3], n_valid[:3], strict=True))
+
+
+@pytest.mark.parametrize('way', list(WAYS))
+def test_division_of_the_batch_changes_nothing(way):
+    logits, labels = make_batch()
+    loss = metric.PixelLoss(**WAYS[way])
+    whole = loss(logits, labels)
+    for parts in (2, 4):
+        found = torch.cat([loss(x, y) for x, y in zip(
+            logits.chunk(parts), labels.chunk(parts), strict=True)])
+        assert torch.allclose(found, whole, rtol=1e-13, atol=0)
+    order = [2, 0, 3, 1]
+    assert torch.allclose(loss(logits[order], labels[order]), whole[order], rtol=1e-13)
+
+
+@pytest.mark.parametrize('way', list(WAYS))
+def test_float32_and_the_type_of_the_labels(way):
+    logits, labels = make_batch()
+    wanted, _ = naive_loss(logits.float(), labels, **WAYS[way])
+    loss = metric.PixelLoss(**WAYS[way])
+    found = loss(logits.float(), labels)
+    assert found.dtype == torch.float32
+    assert np.allclose(found.numpy(), wanted, rtol=1e-5)
+    assert torch.equal(found, loss(logits.float(), labels.long()))
+
+
+def test_saturated_pixels_take_no_share():
+    """Pixels of one loss (exactly 0 once they are learned) do not widen the share.
+
+    Of 100 pixels 10 are hard; the other 90 cost the very same. Half of them are kept:
+    whichever 40 of the 90, the mean is over 50.
+    """
+    logits = torch.zeros(1, 2, 10, 10, dtype=torch.float64)
+    logits[:, 0] = 80.0             # the loss is 0 to the last bit
+    logits[:, :, 0] = 0.0           # ln 2
+    labels = torch.zeros(1, 10, 10, dtype=torch.uint8)
+    found = metric.PixelLoss(kept=0.5)(logits, labels)
+    assert math.isclose(found.item(), 100 * 10 * math.log(2) / 50)
+    found = metric.PixelLoss(below=0.7, least=25)(logits, labels)
+    assert math.isclose(found.item(), 100 * 10 * math.log(2) / 25)
+
+
+@pytest.mark.parametrize('words', [{}, {'kept': 0.25}, {'below': 0.5, 'least': 3}])
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_seen(value, words):
+    """OHEM must not drop the pixel that shows that a step is broken."""
+    logits, labels = make_batch()
+    logits[1, (int(labels[1, 3, 3]) + 1) % 5, 3, 3] = value
+    found = metric.PixelLoss(**words)(logits, labels)
+    assert found.isfinite().tolist() == [True, False, True, True]
+
+
+def test_weights_are_no_part_of_a_checkpoint():
+    """They are of settings, and move with the network."""
+    loss = metric.PixelLoss((0.5, 2.0))
+    assert not loss.state_dict()
+    assert {b.device.type for b in loss.to('meta').buffers()} == {'meta'}
