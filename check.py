@@ -231,8 +231,8 @@ def compare_lists(folders: dict[str, dataset.Folder], train: str, val: str,
     if train not in folders or val not in folders:
         return findings
     if train == val:
-        return [*findings, Finding(False, 'LEAK', str(folders[train].file), 'is to train '
-                                   'and to evaluate on: scores will be too good')]
+        return [*findings, Finding(False, 'LEAK', str(folders[train].file), 'is the '
+                                   'list to evaluate on too: scores will be too good')]
     trained = dict.fromkeys(folders[train].images)
     twins = {digests[image]: image for image in trained if digests[image]}
     for image in dict.fromkeys(folders[val].images):

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,11 @@ def get_facts() -> dict:
     file = Path(settings.DATA_ROOT or facts['root']) / 'dataset.json'
     try:
         found = json.loads(file.read_text())
-        value_map = {int(k): int(v) for k, v in found['map'].items()}
+        n, value_map = len(found['classes']), found['map']
+        value_map = {int(k): int(v) for k, v in value_map.items()}
+        if not n or not {*value_map} <= {*range(256)} or not (
+                {*value_map.values()} <= {*range(n), IGNORED}):
+            raise ValueError('it has no classes, or a map of no use')
     except FileNotFoundError:
         raise FileNotFoundError(
             f'there is no {file}: {facts["get"]} to make it from your pictures and '
@@ -236,12 +241,14 @@ class Pack:
         OSError: in a sentence, where there is no room for it.
         ValueError: where `file` is there and is no such zip.
     """
+    MARK = 'EMANet cache '
 
     def __init__(self, paths: list[str], file: str):
         stats = [os.stat(path) for path in paths]
         marks = [(path, s.st_size, s.st_mtime_ns)
                  for path, s in zip(paths, stats, strict=True)]
-        self.comment = hashlib.sha256(json.dumps(marks).encode()).hexdigest().encode()
+        digest = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+        self.comment = f'{self.MARK}{digest}'.encode()
         self.file, self.zip, self.process = file, None, 0
         size = sum(s.st_size for s in stats)
         print(f'cache: {len(paths)} files, {size / 1e9:.2f} GB, in {file}', flush=True)
@@ -249,9 +256,16 @@ class Pack:
             self.write(paths, size)
 
     def __getitem__(self, index: int) -> bytes:
-        if self.process != os.getpid():  # a file handle must not be shared
-            self.zip, self.process = zipfile.ZipFile(self.file), os.getpid()
-        return self.zip.read(str(index))
+        try:
+            if self.process != os.getpid():  # a file handle must not be shared
+                self.zip, self.process = zipfile.ZipFile(self.file), os.getpid()
+            return self.zip.read(str(index))
+        except (zipfile.BadZipFile, zlib.error, OSError, KeyError) as error:
+            raise ValueError(f'the cache {self.file} is damaged ({error}): remove it, '
+                             'it is written again') from error
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), 'zip': None, 'process': 0}
 
     def is_written(self) -> bool:
         """Tell whether the zip is there and of these very files."""
@@ -262,7 +276,7 @@ class Pack:
                 comment = found.comment
         except (zipfile.BadZipFile, OSError):
             comment = b''
-        if len(comment) != len(self.comment):
+        if not comment.startswith(self.MARK.encode()):
             raise ValueError(f'CACHE={self.file} is there and is no cache of this '
                              'project: give another name')
         return comment == self.comment
@@ -283,6 +297,9 @@ class Pack:
                     target.writestr(str(i), Path(path).read_bytes())
                 target.comment = self.comment
             os.replace(temporary, self.file)
+        except OSError as error:
+            raise OSError(f'CACHE={self.file} cannot be written ({error}): give a file '
+                          'elsewhere, or leave CACHE empty') from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -63,7 +63,8 @@ def load_network(path: Path, given: dict) -> tuple[network.Segmenter, list[str],
     content = checkpoint.load(path)
     trained = {name: value for name, value in content['run'].get('given', {}).items()
                if name not in NOT_TAKEN_OVER and hasattr(settings, name)}
-    runtime.apply({**trained, **given})
+    kept = {name: getattr(settings, name) for name in NOT_TAKEN_OVER}
+    runtime.apply({**trained, **kept, **given})  # training's recipe may set them too
     lines = [f'{name} = {runtime.show_value(value)} as in training'
              for name, value in trained.items() if name not in given]
     lines += checkpoint.adopt_architecture(content['settings'])

@@ -58,15 +58,16 @@ class PixelLoss(nn.Module):
 
     def choose(self, losses: Tensor, is_valid: Tensor) -> Tensor:
         """Return which pixels OHEM keeps: (b, h, w) bool, as losses and is_valid."""
-        ordered = losses.masked_fill(~is_valid, -1).flatten(1).sort(1, True).values
+        losses = losses.masked_fill(~is_valid, -1).flatten(1)      # (b, n)
         n_valid = is_valid.sum((1, 2))                             # (b,)
         if self.kept:
-            n_kept = (self.kept * n_valid).ceil().long()
+            n_kept = (self.kept * n_valid - 0.02).ceil().long()    # 0.02: float32 errs
         else:
-            n_kept = (ordered > -math.log(self.below)).sum(1)
+            n_kept = (losses > -math.log(self.below)).sum(1)
         n_kept = n_kept.clamp(min=self.least).minimum(n_valid)
-        bar = ordered.gather(1, (n_kept - 1).clamp(min=0)[:, None])[..., None]
-        return is_valid & (losses >= bar) & (n_kept > 0)[:, None, None]
+        order = losses.argsort(1, descending=True)                 # the hardest first
+        is_kept = torch.arange(len(losses[0]), device=losses.device) < n_kept[:, None]
+        return torch.zeros_like(is_kept).scatter_(1, order, is_kept).view_as(is_valid)
 
 
 def confusion(prediction: Tensor, label: Tensor, n_classes: int) -> Tensor:

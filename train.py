@@ -13,6 +13,7 @@ if __name__ == '__main__':
 
 import argparse
 import math
+import os
 import time
 
 import torch
@@ -390,6 +391,9 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
             lines.append(f'precision is {session.precision} now, it was '
                          f'{content["run"]["precision"]}')
     elif settings.INIT_FROM:
+        if not os.path.exists(settings.INIT_FROM):
+            raise FileNotFoundError(f'INIT_FROM={settings.INIT_FROM} is not there: '
+                                    'train what makes it, or give another file')
         found = checkpoint.load(settings.INIT_FROM)
         if settings.STEM == 'auto':
             settings.STEM = found['settings'].get('STEM', 'auto')
@@ -406,7 +410,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         if source:
             lines.append(backbone.load_weights(session.raw.backbone, source,
                                                settings.MODEL_DIR))
-        elif (seen := 1 - (1 - settings.BN_MOM) ** settings.ITER_MAX) < 0.9:
+        elif settings.BN_MOM < 0.1 and (
+                seen := 1 - (1 - settings.BN_MOM) ** settings.ITER_MAX) < 0.9:
             lines.append(f'note: with BN_MOM={settings.BN_MOM} the running statistics '
                          f'forget only {seen:.0%} of their initial values in ITER_MAX='
                          f'{settings.ITER_MAX} steps: set BN_MOM=0.1 to train from '

@@ -145,6 +145,17 @@ def test_saturated_pixels_take_no_share():
     assert math.isclose(found.item(), 100 * 10 * math.log(2) / 25)
 
 
+@pytest.mark.parametrize('words', [{'kept': 1.0}, {'below': 0.7, 'least': 1000}])
+def test_ignored_pixels_are_not_among_the_kept(words):
+    """Also where a learned pixel costs as little as an ignored one: exactly nothing."""
+    logits = torch.zeros(1, 2, 10, 10, dtype=torch.float64)
+    logits[:, 0, 5:] = 800.0        # the loss is 0 to the last bit
+    labels = torch.zeros(1, 10, 10, dtype=torch.uint8)
+    labels[:, :, :3] = 255
+    found = metric.PixelLoss(**words)(logits, labels)  # 35 pixels of ln 2 among 70
+    assert math.isclose(found.item(), 100 * 35 * math.log(2) / 70)
+
+
 @pytest.mark.parametrize('words', [{}, {'kept': 0.25}, {'below': 0.5, 'least': 3}])
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_seen(value, words):

@@ -778,6 +778,10 @@ def test_camvid_trains_and_evaluates(tmp_path):
     done = run_script('train.py', *words, 'CROP_SIZE=129')
     assert done.returncode == 0, done.stderr
     assert '367 images of list train' in done.stdout
-    done = run_script('eval.py', f'LOG_DIR={tmp_path / "log"}')
+    lists = tmp_path / 'camvid/ImageSets/Segmentation'
+    lines = (lists / 'val.txt').read_text().splitlines()
+    assert len(lines) == 101
+    (lists / 'few.txt').write_text('\n'.join(lines[::10]))
+    done = run_script('eval.py', f'LOG_DIR={tmp_path / "log"}', 'VAL_SPLIT=few')
     assert done.returncode == 0, done.stderr
-    assert 'on 101 images of list val' in done.stdout and 'sign_symbol' in done.stdout
+    assert 'on 11 images of list few' in done.stdout and 'sign_symbol' in done.stdout

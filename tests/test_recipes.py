@@ -78,7 +78,7 @@ LISTS = {'voc': ('trainaug', 'val'), 'cocostuff10k': ('train', 'test')}
 
 
 def write_set(root, name, n_train=3, n_val=2):
-    """Write a data set in its own layout: blocks of every value that a mask may hold.
+    """Write a data set in its own layout: runs of every value that a mask may hold.
     """
     values = np.array(SETS[name][1], np.uint8)
     train_list, val_list = LISTS.get(name, ('train', 'val'))
@@ -96,9 +96,9 @@ def write_set(root, name, n_train=3, n_val=2):
     draw = np.random.default_rng(len(values))
     for i, line in enumerate(lines):
         h, w = 40 + i, (80 if name == 'cityscapes' else 52) - i
-        n = h * w // 9 + 1  # each value in a picture, in runs of nine pixels
-        label = np.repeat(np.roll(np.resize(values, n), 5 * i), 9)[:h * w]
-        label = label.reshape(h, w)
+        # each value is in each picture, and not as often as the next one
+        runs = np.repeat(values, 1 + np.arange(len(values)) % 12)
+        label = np.resize(np.roll(runs, 50 * i), (h, w))
         picture = label[..., None] // 2 + draw.integers(0, 99, (h, w, 3))
         entry = line.split('\t')[0]
         for pattern, array in ((image, picture), (mask, label)):

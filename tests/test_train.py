@@ -419,7 +419,7 @@ def test_settings_reach_the_loss(monkeypatch):
     images, labels = make_batch()
     labels[0, :20] = 255
     session = make_session(monkeypatch, OHEM_BELOW=1e-6, OHEM_MIN=50, DROPOUT=0.0,
-                           CLASS_WEIGHTS=(1.0, 2.0, 0.5, 4.0, 1.0))
+                           CLASS_WEIGHTS=(3.0, 2.0, 0.5, 4.0, 0.25))
     losses, small = session.train_step(images, labels)
     big = torch.nn.functional.interpolate(small, (33, 33), mode='bilinear',
                                           align_corners=True).log_softmax(1)
@@ -427,5 +427,5 @@ def test_settings_reach_the_loss(monkeypatch):
         pixels = sorted(((-big[b, t, y, x].item(), t)
                          for y in range(33) for x in range(33)
                          if (t := int(labels[b, y, x])) != 255), reverse=True)[:50]
-        wanted = sum(loss * (1.0, 2.0, 0.5, 4.0, 1.0)[t] for loss, t in pixels) / 50
+        wanted = sum(loss * (3.0, 2.0, 0.5, 4.0, 0.25)[t] for loss, t in pixels) / 50
         assert math.isclose(losses[b].item(), wanted, rel_tol=1e-5)
