@@ -310,10 +310,9 @@ def seed(*numbers: int) -> None:
 
 def describe_environment(device) -> dict[str, str]:
     """Return versions, device and state of the source, as text."""
-    import numpy
-    import PIL
+    from importlib.metadata import version
+
     import torch
-    import torchvision
 
     def git(*words):
         done = subprocess.run(['git', '-C', str(HERE), *words], text=True,
@@ -330,8 +329,8 @@ def describe_environment(device) -> dict[str, str]:
         source = ''
     return {'command': ' '.join(sys.argv), 'host': platform.node(), 'device': name,
             'python': platform.python_version(), 'torch': str(torch.__version__),
-            'torchvision': torchvision.__version__, 'numpy': numpy.__version__,
-            'pillow': PIL.__version__, 'source': source or 'not under git',
+            **{name: version(name) for name in ('torchvision', 'numpy', 'pillow')},
+            'source': source or 'not under git',
             'started': time.strftime('%Y-%m-%d %H:%M:%S')}
 
 

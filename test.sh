@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")"
 
 # A python that has the packages is used, otherwise .venv is made.
-packages='import torch, torchvision, tensorboardX, tqdm, PIL, pytest
+packages='import torch, torchvision, tensorboardX, tqdm, PIL, scipy, pytest
 assert torch.__version__ >= "2.6"'
 python=
 for candidate in .venv/bin/python python python3; do
@@ -14,7 +14,8 @@ if [ -z "$python" ]; then
     python=.venv/bin/python
     [ -x "$python" ] || python3 -m venv .venv
     echo "installing the packages into .venv: a minute or two, 5.5 GB"
-    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest
+    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+        pycocotools pytest pytest-xdist
 fi
 
 marks='not slow'
@@ -22,4 +23,8 @@ if [ "${1:-}" = --slow ]; then
     marks=
     shift
 fi
-exec "$python" -m pytest -m "$marks" "$@"
+parallel=
+if "$python" -c 'import xdist' 2>/dev/null; then
+    parallel='-n auto --maxprocesses 8 --dist worksteal'
+fi
+exec "$python" -m pytest $parallel -m "$marks" "$@"

@@ -1,5 +1,6 @@
 """The released implementation's numbers: ../shared/reference, where it is there."""
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(),
 
 @pytest.fixture(scope='module', autouse=True)
 def two_threads():
-    """These networks are large enough for a second thread."""
+    """These networks are large enough for a second thread, if no other test runs."""
     n = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)
     yield
     torch.set_num_threads(n)
 
