@@ -413,6 +413,10 @@ def check(out: str, n_pictures: int = 12) -> bool:
     train = settings.TRAIN_SPLIT or facts['train']
     val = settings.VAL_SPLIT or facts['val']
     folders, findings = open_lists(root, [train, val], facts)
+    if len(settings.CLASS_WEIGHTS) not in (1, len(classes)):
+        findings.append(Finding(
+            True, 'settings', 'CLASS_WEIGHTS', f'has {len(settings.CLASS_WEIGHTS)} '
+            f'numbers, {len(classes)} or a single one are expected'))
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # learn it now, not after the work

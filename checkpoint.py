@@ -25,6 +25,11 @@ ARCHITECTURE = (
     'FC1_CHANNELS', 'N_BASES', 'STAGE_NUM', 'EM_LAMBDA', 'EM_KERNEL', 'EM_NORM',
     'EM_UPDATE', 'EM_GRADIENT', 'EM_CONV1', 'AUX_WEIGHT')
 
+# What training did before there was a setting for it.
+BEFORE = {'CROP_WIDTH': 0, 'INIT_FROM': '', 'LR_END': 0.0, 'DECAY_ALL': False,
+          'CLASS_WEIGHTS': (1.0,), 'OHEM_KEPT': 0.0, 'OHEM_BELOW': 0.0,
+          'OHEM_MIN': 100000, 'AUX_WEIGHT': 0.0}
+
 
 # -- writing ---------------------------------------------------------------------------
 
@@ -121,6 +126,8 @@ def load(path: str | Path) -> dict[str, Any]:
     if any(str(key).startswith('extractor.') for key in content['net']):
         net, found = convert_released(content['net'], path)
         content = {'net': net, 'settings': found, 'step': content.get('step', 0)}
+    if content.get('settings'):
+        content['settings'] = {**BEFORE, **content['settings']}
     return {'settings': {}, 'run': {}, 'step': 0, **content}
 
 
@@ -176,8 +183,8 @@ def load_net(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> None
         if unexpected:
             parts.append(f'{len(unexpected)} unexpected ({unexpected[0]})')
         raise ValueError(f'{path} is of another architecture than the settings: '
-                         f'{"; ".join(parts)}; set N_LAYERS, HEAD and the widths to '
-                         'what it was trained with')
+                         f'{"; ".join(parts)}; set DATASET, N_LAYERS, HEAD, AUX_WEIGHT '
+                         'and the widths to what it was trained with')
     counters = {k: own[k] for k in own if k not in state}
     net.load_state_dict({**state, **counters}, strict=True)
 

@@ -52,9 +52,10 @@ def get_facts() -> dict:
         found = json.loads(file.read_text())
         n, value_map = len(found['classes']), found['map']
         value_map = {int(k): int(v) for k, v in value_map.items()}
-        if not n or not {*value_map} <= {*range(256)} or not (
-                {*value_map.values()} <= {*range(n), IGNORED}):
-            raise ValueError('it has no classes, or a map of no use')
+        if not (n and len(found.get('palette', facts['palette'])) == 768
+                and {*value_map} <= {*range(256)}
+                and {*value_map.values()} <= {*range(n), IGNORED}):
+            raise ValueError('classes, palette and map do not go together')
     except FileNotFoundError:
         raise FileNotFoundError(
             f'there is no {file}: {facts["get"]} to make it from your pictures and '
@@ -104,7 +105,7 @@ class Folder:
             raise ValueError(f'the list {self.file} is empty: {facts["get"]}')
         masks = next((mask for mask in facts['masks']
                       if (folder / mask.split('{}')[0]).is_dir()), facts['masks'][0])
-        self.root, self.masks = folder, masks.split('{}')[0].strip('/')
+        self.root, self.masks = folder, masks.split('{}')[0].rstrip('/')
         self.ids = [e[0] if len(e) == 1 else os.path.splitext(e[0])[0] for e in entries]
         self.images = [str(folder / facts['images'].replace('{}', e[0]))
                        for e in entries]
@@ -249,56 +250,67 @@ class Pack:
                  for path, s in zip(paths, stats, strict=True)]
         digest = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
         self.comment = f'{self.MARK}{digest}'.encode()
-        self.file, self.zip, self.process = file, None, 0
+        self.path, self.file, self.process = file, -1, 0
         size = sum(s.st_size for s in stats)
         print(f'cache: {len(paths)} files, {size / 1e9:.2f} GB, in {file}', flush=True)
         if not self.is_written():
             self.write(paths, size)
+        with zipfile.ZipFile(file) as packed:  # 30 bytes and the name go before a file
+            self.table = np.array([(i.header_offset + 30 + len(i.filename), i.file_size,
+                                    i.CRC) for i in packed.infolist()], np.int64)
 
     def __getitem__(self, index: int) -> bytes:
-        try:
-            if self.process != os.getpid():  # a file handle must not be shared
-                self.zip, self.process = zipfile.ZipFile(self.file), os.getpid()
-            return self.zip.read(str(index))
-        except (zipfile.BadZipFile, zlib.error, OSError, KeyError) as error:
-            raise ValueError(f'the cache {self.file} is damaged ({error}): remove it, '
-                             'it is written again') from error
+        if self.process != os.getpid():  # each process has a handle of its own
+            self.file, self.process = os.open(self.path, os.O_RDONLY), os.getpid()
+            end = os.fstat(self.file).st_size - len(self.comment)
+            if os.pread(self.file, len(self.comment), end) != self.comment:
+                raise ValueError(f'CACHE={self.path} was written again by another run: '
+                                 'give each list of pictures a cache of its own')
+        start, size, crc = self.table[index].tolist()
+        content = os.pread(self.file, size, start)
+        if zlib.crc32(content) != crc:
+            raise ValueError(f'the cache {self.path} is damaged: remove it, it is '
+                             'written again')
+        return content
 
     def __getstate__(self) -> dict:
-        return {**vars(self), 'zip': None, 'process': 0}
+        return {**vars(self), 'file': -1, 'process': 0}
 
     def is_written(self) -> bool:
         """Tell whether the zip is there and of these very files."""
-        if not os.path.exists(self.file):
+        if not os.path.exists(self.path):
             return False
         try:
-            with zipfile.ZipFile(self.file) as found:
+            with zipfile.ZipFile(self.path) as found:
                 comment = found.comment
         except (zipfile.BadZipFile, OSError):
             comment = b''
         if not comment.startswith(self.MARK.encode()):
-            raise ValueError(f'CACHE={self.file} is there and is no cache of this '
+            raise ValueError(f'CACHE={self.path} is there and is no cache of this '
                              'project: give another name')
         return comment == self.comment
 
     def write(self, paths: list[str], size: int) -> None:
         """Write the zip under a temporary name and rename it."""
-        where = os.path.dirname(os.path.abspath(self.file))
-        free = shutil.disk_usage(where).free if os.path.isdir(where) else 0
+        where = os.path.dirname(os.path.abspath(self.path))
+        if not os.path.isdir(where):
+            raise FileNotFoundError(f'CACHE={self.path}: there is no folder {where}; '
+                                    'make it, or give a file elsewhere')
+        free = shutil.disk_usage(where).free
         if free < size:
-            raise OSError(f'CACHE={self.file} takes {size / 1e9:.2f} GB, but '
+            raise OSError(f'CACHE={self.path} takes {size / 1e9:.2f} GB, but '
                           f'{free / 1e9:.2f} GB are free in {where}: give a file '
                           'elsewhere, or leave CACHE empty')
-        temporary = Path(f'{self.file}.{os.getpid()}.tmp')
+        temporary = Path(f'{self.path}.{os.getpid()}.tmp')
         try:
             with zipfile.ZipFile(temporary, 'w') as target:
                 for i, path in enumerate(tqdm(paths, 'caching', unit='file',
                                               leave=False, disable=None)):
                     target.writestr(str(i), Path(path).read_bytes())
                 target.comment = self.comment
-            os.replace(temporary, self.file)
+            os.replace(temporary, self.path)
         except OSError as error:
-            raise OSError(f'CACHE={self.file} cannot be written ({error}): give a file '
+            raise OSError(f'CACHE={self.path} cannot be written ({error}): give a file '
                           'elsewhere, or leave CACHE empty') from error
         finally:
             temporary.unlink(missing_ok=True)

@@ -170,7 +170,7 @@ def pair_up(images: Path, masks: Path, image_tag: str = '', mask_tag: str = ''
 
     Returns:
         (pairs, lost): name without tag and suffix -> (image, mask), relative to the
-        folders; and the images without a mask.
+        folders; and the images without a mask and masks without an image.
 
     Raises:
         ValueError, FileNotFoundError: in a sentence, where nothing fits together.
@@ -183,7 +183,8 @@ def pair_up(images: Path, masks: Path, image_tag: str = '', mask_tag: str = ''
         names = {}
         for path in sorted(folder.rglob('*')):
             stem, suffix = os.path.splitext(path.relative_to(folder).as_posix())
-            if suffix.lower() in PICTURES and stem.endswith(tag):
+            if (suffix.lower() in PICTURES and stem.endswith(tag)
+                    and not path.name.startswith('.')):
                 key = stem.removesuffix(tag)
                 if key in names:
                     raise ValueError(f'{folder} has both {names[key]} and {stem}'
@@ -198,15 +199,20 @@ def pair_up(images: Path, masks: Path, image_tag: str = '', mask_tag: str = ''
             f'none of the {len(found[0])} images in {images} (first: {first[0]}) has a '
             f'mask of its name among the {len(found[1])} in {masks} (first: {first[1]})'
             ': name them alike, or see --image-tag and --mask-tag')
-    return pairs, [name for key, name in found[0].items() if key not in found[1]]
+    lossy = [m for _, m in pairs.values() if m.lower().endswith(('.jpg', '.jpeg'))]
+    if lossy:
+        raise ValueError(f'{len(lossy)} masks are JPEG, which changes values, the '
+                         f'first is {lossy[0]}: masks are expected as PNG')
+    return pairs, [name for one, other in (found, found[::-1])
+                   for key, name in one.items() if key not in other]
 
 
-def split_up(keys: list[str], lists: str, share: float, seed: int
+def split_up(pairs: dict[str, tuple[str, str]], lists: str, share: float, seed: int
              ) -> dict[str, list[str]]:
     """Divide names: by given lists, by their first folder, else at random.
 
     Args:
-        keys: names without suffix, with folders.
+        pairs: of pair_up.
         lists: folder of train.txt, val.txt ...; '' is without.
         share: drawn for val where nothing tells.
         seed: of the draw.
@@ -216,18 +222,23 @@ def split_up(keys: list[str], lists: str, share: float, seed: int
     """
     known = {'training': 'train', 'validation': 'val', 'valid': 'val',
              'testing': 'test', 'train': 'train', 'val': 'val', 'test': 'test'}
-    splits = {}
+    splits, keys = {}, list(pairs)
     if lists:
-        stems = {key.rsplit('/', 1)[-1]: key for key in reversed(keys)}
-        stems |= {key: key for key in keys}
+        stems = {}  # all that a line may call an image, '' where that is not clear
+        for key, (image, _) in pairs.items():
+            for name in {key, os.path.splitext(image)[0]}:
+                short = name.rsplit('/', 1)[-1]
+                stems[short] = '' if stems.get(short, key) != key else key
+        for key, (image, _) in pairs.items():
+            stems |= {key: key, os.path.splitext(image)[0]: key}
         for file in sorted(Path(lists).glob('*.txt')):
             names = read_names(file) if file.stem in known else []
-            lost = [name for name in names if name not in stems]
+            lost = [name for name in names if not stems.get(name)]
             if lost:
-                raise ValueError(f'{file} names {len(lost)} images that are not there '
-                                 f'or have no mask, the first: {lost[0]}; an image a '
-                                 'line is expected, relative to --images or without '
-                                 'folders')
+                raise ValueError(f'{file} names {len(lost)} images that are not there, '
+                                 'have no mask or are in several folders, the first: '
+                                 f'{lost[0]}; an image a line is expected, relative to '
+                                 '--images')
             if names:
                 splits[known[file.stem]] = [stems[name] for name in names]
         if 'train' not in splits:
@@ -236,7 +247,11 @@ def split_up(keys: list[str], lists: str, share: float, seed: int
     else:
         for key in keys:
             splits.setdefault(known.get(key.split('/')[0].lower()), []).append(key)
-        if None in splits or 'train' not in splits:
+        if None in splits and 'train' in splits:
+            raise ValueError('there are images in subfolders train, val or test and '
+                             f'others, as {splits[None][0]}: move them, or say with '
+                             '--lists what belongs where')
+        if 'train' not in splits:
             splits = {'train': keys}
     if 'val' not in splits:
         keys = splits['train']
@@ -250,10 +265,17 @@ def split_up(keys: list[str], lists: str, share: float, seed: int
     return splits
 
 
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file that are not empty and no `# comments`."""
+    text = file.read_text(encoding='utf-8-sig', errors='replace')
+    return [line.strip() for line in text.splitlines()
+            if line.strip() and not line.lstrip().startswith('#')]
+
+
 def read_names(file: Path) -> list[str]:
     """Read a list of images, one a line, with or without the suffix of a picture."""
     names = []
-    for line in filter(str.strip, file.read_text().splitlines()):
+    for line in read_lines(file):
         name = line.split('\t')[0].strip()
         stem, suffix = os.path.splitext(name)
         names.append(stem if suffix.lower() in PICTURES else name)
@@ -267,7 +289,7 @@ def read_map(text: str, classes: tuple[str, ...]) -> dict[int, int]:
         ValueError: in a sentence.
     """
     if text and Path(text).is_file():
-        text = ','.join(Path(text).read_text().splitlines())
+        text = ','.join(read_lines(Path(text)))
     found = {}
     for part in filter(str.strip, text.split(',')):
         value, _, label = (p.strip() for p in part.partition('='))
@@ -279,7 +301,9 @@ def read_map(text: str, classes: tuple[str, ...]) -> dict[int, int]:
         except ValueError:
             raise ValueError(f'--map {part}: VALUE=CLASS is expected, a number and the '
                              'number or name of a class, or 255 to ignore') from None
-        found[value] = label
+        if found.setdefault(value, label) != label:
+            raise ValueError(f'--map gives {value} two meanings, {found[value]} and '
+                             f'{label}: one is expected')
     return found
 
 
@@ -296,18 +320,22 @@ def read_colours(file: Path) -> tuple[tuple[str, ...], dict[tuple, int]]:
         raise FileNotFoundError(f'--colours {file} is not there: give a text file with '
                                 '`r g b name` a line')
     classes, table = [], {}
-    for line in filter(str.strip, file.read_text().splitlines()):
+    for line in read_lines(file):
         match = re.fullmatch(r'\s*(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(.+?)\s*', line)
         rgb = tuple(map(int, match.groups()[:3])) if match else (256,)
         if max(rgb) > 255:
             raise ValueError(f'{file}: {line!r} is not understood: `r g b name` is '
                              'expected, with colours of 0 to 255')
-        if match[4].lower() in IS_VOID:
-            table[rgb] = VOID
-            continue
-        if match[4] not in classes:
-            classes.append(match[4])
-        table[rgb] = classes.index(match[4])
+        label, is_void = VOID, match[4].lower() in IS_VOID
+        if not is_void:
+            if match[4] not in classes:
+                classes.append(match[4])
+            label = classes.index(match[4])
+        if table.setdefault(rgb, label) != label:
+            raise ValueError(f'{file}: the colour {" ".join(map(str, rgb))} stands '
+                             'there twice: give each class a colour of its own')
+    if not 0 < len(classes) < VOID:
+        raise ValueError(f'{file} names {len(classes)} classes: 1 to 254 are expected')
     return tuple(classes), table
 
 

@@ -198,6 +198,9 @@ def run(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         status = main(args) or 0
     except KeyboardInterrupt:
         status = EXIT_CTRL_C
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -310,8 +313,6 @@ def seed(*numbers: int) -> None:
 
 def describe_environment(device) -> dict[str, str]:
     """Return versions, device and state of the source, as text."""
-    from importlib.metadata import version
-
     import torch
 
     def git(*words):
@@ -329,9 +330,55 @@ def describe_environment(device) -> dict[str, str]:
         source = ''
     return {'command': ' '.join(sys.argv), 'host': platform.node(), 'device': name,
             'python': platform.python_version(), 'torch': str(torch.__version__),
-            **{name: version(name) for name in ('torchvision', 'numpy', 'pillow')},
+            **{name: version_of(name) for name in ('torchvision', 'numpy', 'pillow')},
             'source': source or 'not under git',
             'started': time.strftime('%Y-%m-%d %H:%M:%S')}
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package without importing it."""
+    from importlib.metadata import PackageNotFoundError, version
+    try:
+        return version(package)
+    except PackageNotFoundError:  # it came under another name
+        return 'unknown'
+
+
+def lock(folder: str | Path, name: str = 'LOG_DIR'):
+    """Keep other processes of this project out of a folder as long as this one lives.
+
+    Args:
+        folder: is made if it is not there.
+        name: of what gave it, for the messages.
+
+    Returns:
+        The open file that holds the lock.
+
+    Raises:
+        OSError, ValueError: in a sentence, where another has it, or the folder cannot
+            be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / 'lock', 'a+')
+    except OSError as error:
+        raise OSError(f'cannot write into {name}={folder} ({error}): give a folder '
+                      'that can be written') from None
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return file
+    try:  # of this process alone: its children do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise ValueError(f'another process writes into {name}={folder} ('
+                         f'{file.read().strip()}): wait for its end, or give another '
+                         'folder') from None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {platform.node()}\n')
+    file.flush()
+    return file
 
 
 class Log:

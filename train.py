@@ -209,14 +209,15 @@ def check_settings() -> None:
         raise ValueError(f'LOSS_NORM={s.LOSS_NORM} is none of all, valid')
     if s.OHEM_KEPT or s.OHEM_BELOW:
         n_pixels = math.prod(dataset.crop_size())
-        if s.OHEM_KEPT and s.OHEM_BELOW or s.LOSS_NORM != 'all':
-            raise ValueError(
-                f'OHEM_KEPT={s.OHEM_KEPT} OHEM_BELOW={s.OHEM_BELOW} LOSS_NORM='
-                f'{s.LOSS_NORM}: one of the first two is expected, and LOSS_NORM=all, '
-                'since OHEM takes the mean over the pixels it keeps')
+        if s.OHEM_KEPT and s.OHEM_BELOW:
+            raise ValueError(f'OHEM_KEPT={s.OHEM_KEPT} and OHEM_BELOW={s.OHEM_BELOW}: '
+                             'only one of the two is expected, set the other to 0')
+        if s.LOSS_NORM != 'all':
+            raise ValueError(f'LOSS_NORM={s.LOSS_NORM} has no effect with OHEM, which '
+                             'takes the mean over the pixels it keeps: leave it at all')
         if s.OHEM_MIN >= n_pixels:
             raise ValueError(f'OHEM_MIN={s.OHEM_MIN}, but a crop has {n_pixels} pixels,'
-                             ' so OHEM would keep them all: lower it')
+                             f' so OHEM would keep them all: {n_pixels // 3} would do')
 
 
 def compare_settings(recorded: dict, path) -> list[str]:
@@ -377,8 +378,6 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     folder = dataset.open_split('train')
     if settings.EVAL_EVERY:
         dataset.open_split('val')  # better now than at the first validation
-    if settings.CACHE:
-        folder.pack = dataset.Pack(folder.images + folder.labels, settings.CACHE)
     device = runtime.pick_device()
     content, path, lines = checkpoint.load_newest(settings.LOG_DIR)
     if content:
@@ -391,7 +390,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
             lines.append(f'precision is {session.precision} now, it was '
                          f'{content["run"]["precision"]}')
     elif settings.INIT_FROM:
-        if not os.path.exists(settings.INIT_FROM):
+        if not os.path.isfile(settings.INIT_FROM):
             raise FileNotFoundError(f'INIT_FROM={settings.INIT_FROM} is not there: '
                                     'train what makes it, or give another file')
         found = checkpoint.load(settings.INIT_FROM)
@@ -399,6 +398,10 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
             settings.STEM = found['settings'].get('STEM', 'auto')
         session = Session(len(facts['classes']), device)
         checkpoint.load_net(session.raw, found['net'], settings.INIT_FROM)
+        for name in checkpoint.ARCHITECTURE:
+            there, here = found['settings'].get(name), getattr(settings, name)
+            if there not in (None, here):
+                lines.append(f'note: {name} was {there!r} there, it is {here!r} here')
         session.weights = f'network: all weights of {settings.INIT_FROM}'
         lines.append(session.weights)
     else:
@@ -416,6 +419,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
                          f'forget only {seen:.0%} of their initial values in ITER_MAX='
                          f'{settings.ITER_MAX} steps: set BN_MOM=0.1 to train from '
                          'scratch')
+    if settings.CACHE:
+        folder.pack = dataset.Pack(folder.images + folder.labels, settings.CACHE)
     session.given = given
     session.environment = runtime.describe_environment(device)
     if content:

@@ -21,7 +21,8 @@ MAY_IMPORT = {  # DESIGN.md, "Rooms"
     'settings': set(), 'recipes': set(), 'shapes': set(), 'metric': set(),
     'inference': set(), 'backbone': set(), 'heads': {'backbone'},
     'network': {'backbone', 'heads', 'metric', 'settings'},
-    'masks': {'recipes'}, 'check': {'dataset', 'runtime', 'settings'},
+    'masks': {'recipes'}, 'sources': {'masks', 'runtime'},
+    'check': {'dataset', 'runtime', 'settings'},
     **dict.fromkeys(('dataset', 'runtime', 'checkpoint'), {'settings', 'recipes'})}
 
 

@@ -385,7 +385,7 @@ def test_first_network_of_other_classes(stage, monkeypatch, tmp_path):
 # -- settings of the loss --------------------------------------------------------------
 
 @pytest.mark.parametrize('words, wrong', [
-    (dict(OHEM_KEPT=0.5, OHEM_BELOW=0.7), 'OHEM_KEPT=0.5 OHEM_BELOW=0.7'),
+    (dict(OHEM_KEPT=0.5, OHEM_BELOW=0.7), 'OHEM_KEPT=0.5 and OHEM_BELOW=0.7'),
     (dict(OHEM_KEPT=0.5, LOSS_NORM='valid'), 'LOSS_NORM=valid'),
     (dict(OHEM_BELOW=0.7, LOSS_NORM='valid'), 'LOSS_NORM=valid'),
     (dict(OHEM_BELOW=0.7, OHEM_MIN=33 * 33), 'OHEM_MIN=1089, .* 1089 pixels'),
