@@ -32,12 +32,11 @@ def same(a, b):
 
 def test_round_trip(tmp_path):
     path = tmp_path / 'latest.pth'
-    checkpoint.save(make(), path)
-    content = make()
-    content['settings'] = {**checkpoint.BEFORE, **content['settings']}
-    assert same(checkpoint.load(path), content)
-    checkpoint.save(make(8), str(path))  # over the old one
-    assert same(checkpoint.load(str(path)), make(8))
+    for content in (make(), make(8)):  # the second over the first
+        checkpoint.save(content, path)
+        # what it does not record was as it was before there was a setting for it
+        content['settings'] = {**checkpoint.BEFORE, **content['settings']}
+        assert same(checkpoint.load(str(path)), content)
     assert os.listdir(tmp_path) == ['latest.pth']
 
 
