@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
@@ -41,6 +42,54 @@ class ConvBNReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, n_in, h, w) -> (b, n_out, h, w), not negative."""
         return self.relu(self.bn(self.conv(x)))
+
+
+class SumOfRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is summed likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOfRanks.apply(gradient)
+
+
+class RankBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose batch is that of all ranks, for devices that have none of torch.
+
+    The arithmetic is that of torch.nn.SyncBatchNorm, which is for GPUs. Every rank must
+    have as many images of the same size.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> the same."""
+        if not self.training:
+            return super().forward(x)
+        full = x if x.dtype == torch.float64 else x.float()
+        n = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = SumOfRanks.apply(full.sum((0, 2, 3))) / n           # (c,)
+        centred = full - mean[:, None, None]
+        var = SumOfRanks.apply(centred.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def share_batch_norms(net: nn.Module, device_type: str) -> nn.Module:
+    """Return the network with batch norms over the images of all ranks."""
+    if device_type == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = RankBatchNorm2d  # the tensors stay what they are
+    return net
 
 
 class BasicBlock(nn.Module):

@@ -470,6 +470,15 @@ def n_workers() -> int:
     return min(settings.N_WORKERS, max(n_cores() // n_processes, 1))
 
 
+def stand_apart(worker: int) -> None:
+    """Put a loader process into a group of its own.
+
+    A signal to the group of the run, Ctrl-C or a scheduler's SIGTERM, would end it at
+    once, and the run with it before the step is saved.
+    """
+    os.setpgid(0, 0)
+
+
 def train_loader(folder: Folder, first: int, last: int, device_type: str,
                  rank: int = 0, world: int = 1) -> DataLoader:
     """Return the loader of the steps first .. last - 1, as settings say.
@@ -483,7 +492,8 @@ def train_loader(folder: Folder, first: int, last: int, device_type: str,
     sampler = StepSampler(len(folder), settings.BATCH_SIZE, settings.SEED, first, last,
                           rank, world)
     return DataLoader(samples, batch_sampler=sampler, collate_fn=as_it_is,
-                      num_workers=n_workers(), pin_memory=device_type == 'cuda')
+                      num_workers=n_workers(), pin_memory=device_type == 'cuda',
+                      worker_init_fn=stand_apart)
 
 
 # -- evaluation samples ----------------------------------------------------------------
@@ -507,9 +517,14 @@ class EvalSet(Dataset):
         return image.permute(2, 0, 1), label, self.folder.ids[index]
 
 
-def eval_loader(folder: Folder) -> DataLoader:
-    """Return the loader of a list's whole pictures, one at a time, in order."""
-    return DataLoader(EvalSet(folder), batch_size=None, num_workers=n_workers())
+def eval_loader(folder: Folder, rank: int = 0, world: int = 1) -> DataLoader:
+    """Return the loader of a list's whole pictures, one at a time, in order.
+
+    Of several ranks each has its share: every world-th picture.
+    """
+    return DataLoader(EvalSet(folder), batch_size=None, num_workers=n_workers(),
+                      sampler=range(rank, len(folder), world),
+                      worker_init_fn=stand_apart)
 
 
 # -- pictures --------------------------------------------------------------------------

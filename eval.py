@@ -33,7 +33,8 @@ import metric
 import network
 import settings
 
-NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'N_WORKERS')
+NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'RANKS',
+                  'N_WORKERS')
 
 
 def find_checkpoint() -> Path:
@@ -106,30 +107,41 @@ class Sheet:
         Image.fromarray(sheet[:-gap, :-2 * gap].numpy()).save(path)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     """Evaluate, print, and write JSON and pictures into LOG_DIR/eval."""
+    status = runtime.launch()
+    if status is not None:
+        return status
     path = find_checkpoint()
     net, lines, content = load_network(path, args.given)
     facts = dataset.get_facts()
     folder = dataset.open_split('val')
     device = runtime.pick_device()
+    team = runtime.Team(device)
     precision = runtime.pick_precision(device)
     inference.fold(net, precision).to(device)
     if settings.CHANNELS_LAST:
         net.to(memory_format=torch.channels_last)
     run = torch.compile(net, dynamic=True) if settings.COMPILE else net
     stages = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
-    print('\n'.join([*lines, f'{path}, step {content["step"]}, on {len(folder)} images '
-                     f'of list {folder.split} in {folder.root}, stride '
-                     f'{net.stride}, T = {stages}, {precision}']))
+    lines.append(f'{path}, step {content["step"]}, on {len(folder)} images of list '
+                 f'{folder.split} in {folder.root}, stride {net.stride}, T = {stages}, '
+                 f'{precision}, {team.world} ranks')
+    if team.is_first:
+        print('\n'.join(lines))
 
     n_classes, sheet = len(facts['classes']), Sheet(args.pictures, facts['palette'])
     began = time.perf_counter()
     with runtime.autocast(device, precision):
         matrix = metric.evaluate(
             lambda image: inference.predict_logits(run, image, net),
-            tqdm(dataset.eval_loader(folder), 'evaluation', unit='image', disable=None),
+            tqdm(dataset.eval_loader(folder, team.rank, team.world), 'evaluation',
+                 unit='image', disable=None if team.is_first else True),
             n_classes, sheet.see)
+    team.add(matrix)
+    team.leave()
+    if not team.is_first:
+        return 0
     seconds = time.perf_counter() - began
     scores = metric.score(matrix)
     print(metric.table(scores, facts['classes']))
@@ -152,6 +164,7 @@ def main(args: argparse.Namespace) -> None:
     if sheet.rows:
         sheet.save(out / f'{name}.png')
         print(f'pictures: {out / name}.png')
+    return 0
 
 
 if __name__ == '__main__':

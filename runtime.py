@@ -29,7 +29,7 @@ EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from 
 EXIT_CTRL_C = 130
 # These may differ between a run and its continuation: they do not change the result.
 FREE = ('RECIPE', 'RESUME', 'LOG_DIR', 'DATA_ROOT', 'CACHE', 'MODEL_DIR', 'DEVICE',
-        'CHANNELS_LAST', 'COMPILE', 'N_WORKERS', 'LOG_EVERY', 'IMAGE_EVERY',
+        'RANKS', 'CHANNELS_LAST', 'COMPILE', 'N_WORKERS', 'LOG_EVERY', 'IMAGE_EVERY',
         'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT', 'VAL_SPLIT', 'EVAL_STRIDE',
         'EVAL_STAGE_NUM')
 
@@ -247,13 +247,25 @@ class Signals:
 
 # -- device and precision --------------------------------------------------------------
 
-def pick_device():
-    """Return the torch.device of the setting DEVICE; auto: CUDA, then MPS, then CPU."""
+def list_devices() -> list[str]:
+    """Return the devices that settings name: auto is CUDA, then MPS, then CPU."""
     import torch
     name = settings.DEVICE
     if name == 'auto':
         has_mps = torch.backends.mps.is_available()
         name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+    if name == 'cuda':
+        return [f'cuda:{i}' for i in range(torch.cuda.device_count())] or [name]
+    if name.startswith('cuda:'):
+        return [f'cuda:{i}' for i in name[5:].split(',')]
+    return [name]
+
+
+def pick_device():
+    """Return the torch.device of this process: that of its local rank."""
+    import torch
+    names = list_devices()
+    name = names[int(os.environ.get('LOCAL_RANK', 0)) % len(names)]
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -307,6 +319,105 @@ def seed(*numbers: int) -> None:
     import torch
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
+
+
+# -- ranks -----------------------------------------------------------------------------
+
+class Team:
+    """The processes that share the work, as torch's launcher started them.
+
+    Alone, with a world of 1, every method does nothing.
+
+    Args:
+        device: of this process; NCCL joins GPUs, gloo everything else.
+    """
+
+    def __init__(self, device=None):
+        self.rank = int(os.environ.get('RANK', 0))
+        self.world = int(os.environ.get('WORLD_SIZE', 1))
+        self.is_first = self.rank == 0
+        self.is_local_first = int(os.environ.get('LOCAL_RANK', 0)) == 0
+        self.hosts = None  # the group in which processes talk without their devices
+        if self.world > 1:
+            import torch.distributed as dist
+            is_cuda = device is not None and device.type == 'cuda'
+            if is_cuda:
+                import torch
+                torch.cuda.set_device(device)
+            dist.init_process_group('nccl' if is_cuda else 'gloo')
+            self.hosts = dist.new_group(backend='gloo') if is_cuda else dist.group.WORLD
+
+    def add(self, tensor):
+        """Sum a tensor over the ranks, in place, and return it."""
+        if self.world > 1:
+            import torch.distributed as dist
+            is_cpu = tensor.device.type == 'cpu'
+            dist.all_reduce(tensor, group=self.hosts if is_cpu else None)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        if self.world > 1:
+            import torch
+            import torch.distributed as dist
+            tensor = torch.tensor(number)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
+            return int(tensor)
+        return number
+
+    def is_alike(self, tensor) -> bool:
+        """Tell whether all ranks hold the very same tensor."""
+        if self.world > 1:
+            import torch.distributed as dist
+            low, high = tensor.detach().clone(), tensor.detach().clone()
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            dist.all_reduce(high, dist.ReduceOp.MAX)
+            return bool((low == high).all())
+        return True
+
+    def leave(self) -> None:
+        """Part from the others, at the end of the work."""
+        if self.world > 1:
+            import torch.distributed as dist
+            dist.barrier(group=self.hosts)
+            dist.destroy_process_group()
+
+
+def launch() -> int | None:
+    """Hand this very command to torch's launcher, where it wants several processes.
+
+    Returns:
+        The exit status of the processes; none where this process is to do the work.
+    """
+    if 'RANK' in os.environ:
+        return None
+    if settings.RANKS < 0:
+        raise ValueError(f'RANKS={settings.RANKS}: 0 or more is expected')
+    names = list_devices()
+    n = settings.RANKS or len(names)
+    if n == 1:
+        return None
+    if names[0].startswith('cuda') and n > len(names):
+        raise ValueError(f'RANKS={n}, but there are {len(names)} GPUs ('
+                         f'{", ".join(names)}): set RANKS=0 for one process a GPU')
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)
+    os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // n, 1)))
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, max_restarts=0,
+                          rdzv_backend='c10d', rdzv_endpoint='localhost:0',
+                          monitor_interval=0.2)
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as stop:
+        return EXIT_CTRL_C if stop.sigval == signal.SIGINT else EXIT_STOPPED
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return next((code for code in codes if code > 0), 1)
+    return 0
 
 
 # -- log -------------------------------------------------------------------------------
@@ -382,7 +493,7 @@ def lock(folder: str | Path, name: str = 'LOG_DIR'):
 
 
 class Log:
-    """The console, `log.txt`, and `log.jsonl` with one row of numbers a line.
+    """The console, `log.txt`, `log.jsonl` with a row of numbers a line, TensorBoard.
 
     Args:
         folder: is made if it is not there.
@@ -390,6 +501,7 @@ class Log:
     """
 
     def __init__(self, folder: str, step: int = 0):
+        from tensorboardX import SummaryWriter
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -403,6 +515,7 @@ class Log:
                     if is_row_until(line, step)]
             write_text(rows, ''.join(kept))
         self.rows = open(rows, 'a', buffering=1)
+        self.board = SummaryWriter(folder, purge_step=step + 1)
 
     def line(self, text: str, is_shown: bool = True) -> None:
         """Write a line to log.txt, and to the console."""
@@ -413,8 +526,21 @@ class Log:
         self.text.write(text + '\n')
 
     def row(self, **values) -> None:
-        """Write a row of numbers to log.jsonl."""
+        """Write a row of numbers to log.jsonl; `train/loss` and such to TensorBoard."""
         self.rows.write(as_json(values) + '\n')
+        for name, value in values.items():
+            if name not in ('kind', 'step'):
+                self.board.add_scalar(f'{values["kind"]}/{name}', value, values['step'])
+
+
+class Silence:
+    """The log of every rank but the first: takes anything, writes nothing."""
+
+    def __init__(self, folder: str):
+        self.folder, self.board = Path(folder), self
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args, **values: None
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

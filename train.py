@@ -12,6 +12,8 @@ if __name__ == '__main__':
     args = runtime.read_command_line(__doc__)  # before the slow imports
 
 import argparse
+import contextlib
+import inspect
 import math
 import os
 import time
@@ -66,20 +68,34 @@ class Session:
     Args:
         n_classes: of the data set.
         device: where it is computed.
+        team: the ranks that share the work.
 
     Raises:
         ValueError: in a sentence, for settings that do not go together.
     """
 
-    def __init__(self, n_classes: int, device: torch.device):
-        check_settings()
+    def __init__(self, n_classes: int, device: torch.device,
+                 team: runtime.Team | None = None):
+        self.team = team or runtime.Team()
+        check_settings(self.team.world)
         self.step, self.device, self.n_classes = 0, device, n_classes
         self.precision = runtime.pick_precision(device)
         runtime.seed(settings.SEED)
-        self.raw = network.build(n_classes).to(device)
+        self.raw = network.build(n_classes)
+        if self.team.world > 1:
+            self.raw = backbone.share_batch_norms(self.raw, device.type)
+        self.raw.to(device)
         if settings.CHANNELS_LAST:
             self.raw.to(memory_format=torch.channels_last)
-        self.net = torch.compile(self.raw) if settings.COMPILE else self.raw
+        self.net = self.raw
+        if self.team.world > 1:  # averages the gradients over the ranks
+            wrap = nn.parallel.DistributedDataParallel
+            names = inspect.signature(wrap.__init__).parameters
+            sync = ('forward_sync_buffers' if 'forward_sync_buffers' in names else
+                    'broadcast_buffers')  # before torch 2.12 or so
+            self.net = wrap(self.net, gradient_as_bucket_view=True, **{sync: False})
+        if settings.COMPILE:
+            self.net = torch.compile(self.net)
         # The fused kernels skip the update on the device where found_inf says so.
         self.optimizer = torch.optim.SGD(group_parameters(self.raw), lr=settings.LR,
                                          momentum=settings.LR_MOM, fused=True)
@@ -98,40 +114,48 @@ class Session:
         """Do one step on a batch.
 
         Args:
-            images: (b, 3, c, c) uint8.
-            labels: (b, c, c) uint8.
+            images: (b, 3, h, w) uint8, this rank's share of the batch.
+            labels: (b, h, w) uint8.
 
         Returns:
-            The loss of each image (b,), whose mean is the loss that was minimised, and
-            the logits (b, classes, h/os, w/os), both detached.
+            The loss of each image (b,), whose mean over all ranks, `self.loss`, is
+            the loss that was minimised, and the logits (b, classes, h/os, w/os), both
+            detached.
         """
         self.step += 1
         for group in self.optimizer.param_groups:
             group['lr'] = group['times'] * poly_rate(self.step)
-        runtime.seed(settings.SEED, self.step)  # of the dropout
+        runtime.seed(settings.SEED, self.step, self.team.rank)  # of the dropout
         is_pinned = self.device.type == 'cuda'
         images = images.to(self.device, non_blocking=is_pinned)
         labels = labels.to(self.device, non_blocking=is_pinned)
-        n_pixels = labels.numel()
+        n_pixels = labels.numel()  # of this rank, on the average
         if settings.LOSS_NORM == 'valid':
-            n_pixels = (labels != dataset.IGNORED).sum().clamp(min=1)
+            n_valid = self.team.add((labels != dataset.IGNORED).sum())
+            n_pixels = n_valid.clamp(min=1) / self.team.world
 
-        # Forward and backward, a part of the batch at a time.
+        # Forward and backward, a part of the batch at a time; the ranks average their
+        # gradients in the last one.
         losses, logits = [], []
-        for x, y in zip(images.chunk(settings.ACCUMULATE),
-                        labels.chunk(settings.ACCUMULATE), strict=True):
-            with runtime.autocast(self.device, self.precision):
-                part, small = self.net(x, y)                # (b,), (b, classes, h, w)
-            self.scaler.scale(part.sum() / n_pixels).backward()
+        parts = list(zip(images.chunk(settings.ACCUMULATE),
+                         labels.chunk(settings.ACCUMULATE), strict=True))
+        for i, (x, y) in enumerate(parts):
+            is_last = i == len(parts) - 1
+            with (contextlib.nullcontext() if is_last or self.team.world == 1 else
+                  self.net.no_sync()):
+                with runtime.autocast(self.device, self.precision):
+                    part, small = self.net(x, y)            # (b,), (b, classes, h, w)
+                self.scaler.scale(part.sum() / n_pixels).backward()
             losses.append(part.detach() * (len(images) / n_pixels))
             logits.append(small.detach())
         losses, logits = torch.cat(losses), torch.cat(logits)
+        self.loss = self.team.add(losses.mean()) / self.team.world  # not finite: on all
 
         # A step whose loss or gradient is not finite changes neither weights nor bases.
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(),
                                         settings.CLIP_GRAD or math.inf)
-        is_sound = losses.isfinite().all() & (self.first_bad == 0)
+        is_sound = self.loss.isfinite() & (self.first_bad == 0)
         if not self.scaler.is_enabled():  # it is used to infinite gradients
             is_sound &= norm.isfinite()
             self.optimizer.found_inf = (~is_sound).float()
@@ -179,8 +203,8 @@ class Session:
         self.n_losses = run['n_losses']
 
 
-def check_settings() -> None:
-    """Refuse settings that cannot be trained, each in a sentence."""
+def check_settings(world: int = 1) -> None:
+    """Refuse settings that cannot be trained by so many ranks, each in a sentence."""
     s = settings
     for low, high, names in (
             (0, 1, 'BN_MOM EM_MOM LR_MOM DROPOUT OHEM_KEPT OHEM_BELOW'),
@@ -202,9 +226,11 @@ def check_settings() -> None:
     if s.RESUME not in ('', 'force'):
         raise ValueError(f"RESUME={s.RESUME} is unknown: 'force' or nothing is "
                          'expected')
-    if s.BATCH_SIZE % s.ACCUMULATE:
-        raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE} cannot be computed in ACCUMULATE='
-                         f'{s.ACCUMULATE} equal parts: make one divide the other')
+    if s.BATCH_SIZE % (s.ACCUMULATE * world):
+        n = world * s.ACCUMULATE
+        raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE}, of all ranks together, cannot be '
+                         f'computed in equal parts by {world} ranks with ACCUMULATE='
+                         f'{s.ACCUMULATE}: make it a multiple of {n}')
     if s.LOSS_NORM not in ('all', 'valid'):
         raise ValueError(f'LOSS_NORM={s.LOSS_NORM} is none of all, valid')
     if s.OHEM_KEPT or s.OHEM_BELOW:
@@ -237,9 +263,10 @@ def compare_settings(recorded: dict, path) -> list[str]:
     return lines
 
 
-def validate(session: Session, log: runtime.Log) -> None:
+def validate(session: Session, log: runtime.Log | runtime.Silence) -> None:
     """Score the validation split and keep the best weights in best.pth."""
-    loader = dataset.eval_loader(dataset.open_split('val'))
+    team = session.team
+    loader = dataset.eval_loader(dataset.open_split('val'), team.rank, team.world)
     net = network.build(session.n_classes, is_eval=True)
     net.load_state_dict(session.raw.state_dict())
     inference.fold(net, session.precision).to(session.device)
@@ -248,14 +275,30 @@ def validate(session: Session, log: runtime.Log) -> None:
     with runtime.autocast(session.device, session.precision):
         matrix = metric.evaluate(
             lambda image: inference.predict_logits(net, image),
-            tqdm(loader, 'validation', leave=False, disable=None), session.n_classes)
-    miou = metric.score(matrix)['mIoU']
+            tqdm(loader, 'validation', leave=False,
+                 disable=None if team.is_first else True), session.n_classes)
+    miou = metric.score(team.add(matrix))['mIoU']
     log.line(f'step {session.step}: validation mIoU {100 * miou:.2f}')
     log.row(kind='validation', step=session.step, mIoU=miou)
-    log.board.add_scalar('validation/mIoU', miou, session.step)
     if miou > session.best:
         session.best = miou
-        checkpoint.save(session.state(is_final=True), log.folder / 'best.pth')
+        save(session, log.folder / 'best.pth', is_final=True)
+
+
+def save(session: Session, path, is_final: bool = False) -> None:
+    """Write a checkpoint, on the first rank.
+
+    Raises:
+        RuntimeError: where the ranks do not hold the same bases and statistics.
+    """
+    content = session.state(is_final)
+    for name, buffer in session.raw.named_buffers():
+        if buffer.dtype.is_floating_point and not session.team.is_alike(buffer):
+            raise RuntimeError(f'the ranks hold different {name} after step '
+                               f'{session.step}, so nothing was saved: this is a fault '
+                               'of the code, please report it')
+    if session.team.is_first:
+        checkpoint.save(content, path)
 
 
 def draw_samples(board, facts: dict, images: Tensor, labels: Tensor, logits: Tensor,
@@ -281,6 +324,7 @@ def check_sound(session: Session, sampler: dataset.StepSampler, folder: dataset.
     """
     step = int(session.first_bad)
     if step:
+        sampler = dataset.StepSampler(len(folder), sampler.batch, sampler.seed, 0, 0)
         names = ', '.join(folder.ids[i] for _, i in sampler.places(step - 1))
         raise ValueError(
             f'the loss or its gradient was not finite at step {step}, so that step '
@@ -289,26 +333,26 @@ def check_sound(session: Session, sampler: dataset.StepSampler, folder: dataset.
             f'is in {settings.LOG_DIR}')
 
 
-def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Log
-          ) -> int:
+def train(session: Session, folder: dataset.Folder, facts: dict,
+          log: runtime.Log | runtime.Silence) -> int:
     """Train until ITER_MAX or a signal; return the exit status."""
-    signals = runtime.Signals()
+    signals, team = runtime.Signals(), session.team
     loader = dataset.train_loader(folder, session.step, settings.ITER_MAX,
-                                  session.device.type)
+                                  session.device.type, team.rank, team.world)
     sampler = loader.batch_sampler
-    bar = tqdm(total=settings.ITER_MAX, initial=session.step, unit='step', disable=None,
-               dynamic_ncols=True)
+    bar = tqdm(total=settings.ITER_MAX, initial=session.step, unit='step',
+               disable=None if team.is_first else True, dynamic_ncols=True)
     save_every = max(settings.ITER_SAVE // 10, 1)
     began = mark = time.perf_counter()
     waited, logged_at = 0.0, session.step
     before = logged = session.seconds
     for images, labels in loader:
         waited += time.perf_counter() - mark
-        losses, logits = session.train_step(images, labels)
+        _, logits = session.train_step(images, labels)
         step = session.step
-        session.loss_sum += losses.mean()
+        session.loss_sum += session.loss
         session.n_losses += 1
-        status = signals.exit_status  # read once: it may change at any moment
+        status = team.largest(signals.exit_status)  # all ranks stop after the same step
         is_last = step == settings.ITER_MAX or status
         is_logged = step % settings.LOG_EVERY == 0 or step == settings.ITER_MAX
         is_saved = step % save_every == 0 or is_last
@@ -320,16 +364,16 @@ def train(session: Session, folder: dataset.Folder, facts: dict, log: runtime.Lo
             report_step(session, log, bar, session.seconds - logged, waited,
                         step - logged_at)
             waited, logged_at, logged = 0.0, step, session.seconds
-        if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0:
+        if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0 and team.is_first:
             draw_samples(log.board, facts, images, labels, logits, step)
         if is_validated:
             validate(session, log)
         if is_saved:
-            content = session.state()
-            checkpoint.save(content, log.folder / 'latest.pth')
+            save(session, log.folder / 'latest.pth')
             if step % settings.ITER_SAVE == 0:
-                checkpoint.save(content, log.folder / f'step_{step}.pth')
-                checkpoint.remove_old(log.folder, settings.KEEP)
+                save(session, log.folder / f'step_{step}.pth')
+                if team.is_first:
+                    checkpoint.remove_old(log.folder, settings.KEEP)
         bar.update()
         mark = time.perf_counter()
         if is_logged or is_saved or is_validated:  # do not count what was not training
@@ -360,10 +404,6 @@ def report_step(session, log, bar, taken: float, waited: float, n: int) -> None:
     log.row(kind='train', step=session.step, loss=loss, rate=rate,
             gradient_norm=session.norm.item(), images_per_s=speed,
             waiting_for_data=waited / taken)
-    log.board.add_scalar('train/loss', loss, session.step)
-    log.board.add_scalar('train/rate', rate, session.step)
-    log.board.add_scalar('train/gradient_norm', session.norm.item(), session.step)
-    log.board.add_scalar('train/images_per_s', speed, session.step)
 
 
 def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
@@ -372,18 +412,19 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     Args:
         given: values of the command line.
     """
-    from tensorboardX import SummaryWriter
-    check_settings()
+    device = runtime.pick_device()
+    team = runtime.Team(device)
+    check_settings(team.world)
     facts = dataset.get_facts()
     folder = dataset.open_split('train')
     if settings.EVAL_EVERY:
         dataset.open_split('val')  # better now than at the first validation
-    device = runtime.pick_device()
+    lock = runtime.lock(settings.LOG_DIR) if team.is_first else None
     content, path, lines = checkpoint.load_newest(settings.LOG_DIR)
     if content:
         lines += compare_settings(content['settings'], path)
         settings.STEM = content['settings']['STEM']
-        session = Session(len(facts['classes']), device)
+        session = Session(len(facts['classes']), device, team)
         session.restore(content, path)
         lines.append(f'resuming {path} after step {session.step}')
         if content['run']['precision'] != session.precision:
@@ -396,7 +437,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         found = checkpoint.load(settings.INIT_FROM)
         if settings.STEM == 'auto':
             settings.STEM = found['settings'].get('STEM', 'auto')
-        session = Session(len(facts['classes']), device)
+        session = Session(len(facts['classes']), device, team)
         checkpoint.load_net(session.raw, found['net'], settings.INIT_FROM)
         for name in checkpoint.ARCHITECTURE:
             there, here = found['settings'].get(name), getattr(settings, name)
@@ -407,7 +448,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     else:
         settings.STEM, source, line = backbone.choose_weights(
             settings.PRETRAINED, settings.STEM, settings.N_LAYERS, settings.MODEL_DIR)
-        session = Session(len(facts['classes']), device)
+        session = Session(len(facts['classes']), device, team)
         lines.append(line)
         session.weights = line
         if source:
@@ -419,8 +460,10 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
                          f'forget only {seen:.0%} of their initial values in ITER_MAX='
                          f'{settings.ITER_MAX} steps: set BN_MOM=0.1 to train from '
                          'scratch')
-    if settings.CACHE:
-        folder.pack = dataset.Pack(folder.images + folder.labels, settings.CACHE)
+    for is_turn in (team.is_local_first, not team.is_local_first):
+        if settings.CACHE and is_turn:  # the first of each host writes it
+            folder.pack = dataset.Pack(folder.images + folder.labels, settings.CACHE)
+        team.largest(0)  # wait for it
     session.given = given
     session.environment = runtime.describe_environment(device)
     if content:
@@ -428,17 +471,24 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         new = session.environment['source']
         if old != new:
             lines.append(f'note: the source was {old} then, it is {new} now')
+    if team.largest(session.step) != -team.largest(-session.step):
+        raise ValueError(f'the ranks do not read the same checkpoints in LOG_DIR='
+                         f'{settings.LOG_DIR}: give a folder that all hosts share')
+    if not team.is_first:
+        return session, folder, facts, runtime.Silence(settings.LOG_DIR)
     log = runtime.Log(settings.LOG_DIR, session.step)
+    log.lock = lock  # held as long as the log is
     for left_over in log.folder.glob('*.pth.tmp'):
         left_over.unlink()
-    log.board = SummaryWriter(settings.LOG_DIR, purge_step=session.step + 1)
     runtime.write_text(log.folder / 'settings.txt', runtime.settings_text())
     log.line(runtime.settings_text(), is_shown=False)
     log.line('\n'.join(f'{k}: {v}' for k, v in session.environment.items()))
     log.line(f'data: {settings.DATASET}, {len(folder)} images of list {folder.split} '
              f'in {folder.root}, masks in {folder.masks}')
     log.line(f'precision: {session.precision}; batch: {settings.BATCH_SIZE} crops of '
-             f'{"x".join(map(str, dataset.crop_size()))}; log: {settings.LOG_DIR}')
+             f'{"x".join(map(str, dataset.crop_size()))}, '
+             f'{settings.BATCH_SIZE // team.world // settings.ACCUMULATE} at a time on '
+             f'each of {team.world} ranks; log: {settings.LOG_DIR}')
     for line in lines:
         log.line(line)
     return session, folder, facts, log
@@ -446,6 +496,9 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
 
 def main(args: argparse.Namespace) -> int:
     """Train, save the final weights, and return the exit status."""
+    status = runtime.launch()
+    if status is not None:
+        return status
     session, folder, facts, log = start(args.given)
     if session.step >= settings.ITER_MAX and (log.folder / 'final.pth').exists():
         log.line(f'this run is finished (step {session.step}): evaluate it with python '
@@ -457,11 +510,12 @@ def main(args: argparse.Namespace) -> int:
         status = train(session, folder, facts, log)
     if status:
         log.line(f'stopped after step {session.step}; the same command goes on')
-        return status
-    checkpoint.save(session.state(is_final=True), log.folder / 'final.pth')
-    log.line(f'finished after {session.seconds / 60:.1f} minutes: '
-             f'{log.folder / "final.pth"}')
-    return 0
+    else:
+        save(session, log.folder / 'final.pth', is_final=True)
+        log.line(f'finished after {session.seconds / 60:.1f} minutes: '
+                 f'{log.folder / "final.pth"}')
+    session.team.leave()
+    return status
 
 
 if __name__ == '__main__':

@@ -1,0 +1,161 @@
+"""Several ranks train as one process would: gloo on the CPU."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import HERE, run_script, write_voc
+from test_scripts import is_one_sentence, losses, read
+
+
+@pytest.fixture
+def words(tmp_path, tiny):
+    root = write_voc(tmp_path / 'more' / 'VOC2012', 11, 5)
+    return [*tiny, f'DATA_ROOT={root}', 'CROP_SIZE=65', 'BATCH_SIZE=4', 'DROPOUT=0',
+            'LR=0.002', 'ITER_MAX=10', 'ITER_SAVE=30', 'SCALES=1.0,1.5']
+
+
+def train(n, words, log, **options):
+    """Train with n ranks, see ranked.py; returns what final.pth holds."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(n):
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
+                     MASTER_ADDR='127.0.0.1', MASTER_PORT=port) if n > 1 else {}
+        ranks.append(subprocess.Popen(
+            [sys.executable, str(HERE / 'tests/ranked.py'), json.dumps(options), *words,
+             f'LOG_DIR={log}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, **{k: str(v) for k, v in place.items()}}))
+    try:
+        for rank in ranks:
+            _, error = rank.communicate(timeout=200)
+            assert rank.returncode == 0, error
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return read(log / 'final.pth')
+
+
+def check_same(one, other, tolerance):
+    """Compare weights, running statistics and bases, relative to their size."""
+    assert one['net'].keys() == other['net'].keys()
+    for name, tensor in one['net'].items():
+        if tensor.is_floating_point():
+            scale = tensor.abs().max().clamp(min=1e-6)
+            error = (tensor - other['net'][name]).abs().max() / scale
+            assert error < tolerance, (name, error)
+
+
+def check_losses(one, other, tolerance):
+    one, other = losses(one), losses(other)
+    assert one.keys() == other.keys() and len(one) == 10
+    for step, loss in one.items():
+        assert abs(loss - other[step]) < tolerance * abs(loss), step
+
+
+def test_two_ranks_are_one_process(words, tmp_path):
+    found = [train(n, words, tmp_path / f'log{n}', double=True) for n in (1, 2)]
+    check_losses(tmp_path / 'log1', tmp_path / 'log2', 1e-9)
+    check_same(*found, 1e-8)
+    text = (tmp_path / 'log2/log.txt').read_text()
+    assert '2 at a time on each of 2 ranks' in text
+
+
+def test_two_ranks_in_single_precision(words, tmp_path):
+    """Losses only: the tiny network's gradients are noise from the fifth digit on."""
+    words = [*words, 'LR=0.00001']
+    for n in (1, 2):
+        train(n, words, tmp_path / f'log{n}')
+    check_losses(tmp_path / 'log1', tmp_path / 'log2', 1e-5)
+
+
+@pytest.mark.parametrize('norm', ['all', 'valid'])
+def test_ranks_and_accumulation(norm, words, tmp_path):
+    words = [*words, f'LOSS_NORM={norm}', 'CLIP_GRAD=2', 'AUX_WEIGHT=0.4']
+    found = [train(n, [*words, f'ACCUMULATE={4 // n}'], tmp_path / f'log{n}',
+                   double=True, bn_eval=True) for n in (1, 2)]
+    check_losses(tmp_path / 'log1', tmp_path / 'log2', 1e-9)
+    check_same(*found, 1e-8)
+
+
+@pytest.mark.slow
+def test_four_ranks(words, tmp_path):
+    found = [train(n, words, tmp_path / f'log{n}', double=True) for n in (1, 4)]
+    check_losses(tmp_path / 'log1', tmp_path / 'log4', 1e-9)
+    check_same(*found, 1e-8)
+
+
+@pytest.mark.parametrize('first, then', [(1, 2), (2, 1)])
+def test_the_number_of_ranks_may_change(first, then, words, tmp_path):
+    whole = train(1, words, tmp_path / 'whole', double=True)
+    part = [*words, 'ITER_MAX=4']  # the rate must not change: LR_POWER=0
+    log = tmp_path / 'cut'
+    whole = train(1, [*words, 'LR_POWER=0'], tmp_path / 'whole0', double=True)
+    train(first, [*part, 'LR_POWER=0'], log, double=True)
+    found = train(then, [*words, 'LR_POWER=0', 'RESUME=force'], log, double=True)
+    check_same(whole, found, 1e-8)
+    check_losses(tmp_path / 'whole0', log, 1e-9)
+
+
+def test_evaluation_is_shared(words, tmp_path):
+    log = tmp_path / 'log'
+    assert run_script('train.py', *words, 'ITER_MAX=2').returncode == 0
+    found = []
+    for n in (1, 2):
+        done = run_script('eval.py', f'LOG_DIR={log}', f'RANKS={n}', 'DEVICE=cpu')
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('mIoU') == 1 and f'{n} ranks' in done.stdout
+        found.append(json.loads((log / 'eval/voc_val_final.json').read_text()))
+    assert found[0]['confusion'] == found[1]['confusion']
+    assert found[0]['n_images'] == found[1]['n_images'] == 5
+
+
+def test_sigterm_to_the_launcher(words, tmp_path):
+    words = [*words, 'RANKS=2', 'ITER_MAX=1000', 'ITER_SAVE=100000', 'EVAL_EVERY=3',
+             'N_WORKERS=1']
+    log = tmp_path / 'log'
+    run = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *words],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 100
+    while time.time() < end and not ((log / 'log.jsonl').exists()
+                                     and len(losses(log)) > 3):
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    out, error = run.communicate(timeout=100)
+    assert run.returncode == 75, error
+    assert out.count('stopped after step') == 1
+    step = read(log / 'latest.pth')['step']
+    assert step == max(losses(log))
+    done = run_script('train.py', *words, f'ITER_MAX={step + 1}', 'RESUME=force')
+    assert done.returncode == 0, done.stderr
+    assert f'after step {step}' in done.stdout
+
+
+def test_a_rank_that_dies(words, tmp_path):
+    """torchrun starts all ranks again, and they go on from the last checkpoint."""
+    log = tmp_path / 'log'
+    options = json.dumps({'die': str(tmp_path / 'died'), 'double': True})
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+         '--nproc-per-node=2', '--max-restarts=2', str(HERE / 'tests/ranked.py'),
+         options, *words, 'ITER_SAVE=20', f'LOG_DIR={log}'], text=True,
+        capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / 'died').exists() and 'resuming' in done.stdout
+    whole = train(1, words, tmp_path / 'whole', double=True)
+    check_same(whole, torch.load(log / 'final.pth'), 1e-8)
+    check_losses(tmp_path / 'whole', log, 1e-9)
+
+
+def test_what_ranks_cannot_do_is_one_sentence(words):
+    is_one_sentence(run_script('train.py', *words, 'RANKS=-1'), 'RANKS=-1')
+    done = run_script('train.py', *words, 'RANKS=3')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert 'a multiple of 3' in done.stderr
