@@ -6,6 +6,8 @@
 The modules are named as in torchvision and in PyTorch-Encoding, so that the weights of
 either load without renaming: conv1, bn1, layer1 .. layer4.
 """
+import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
           152: (3, 8, 36, 3)}
@@ -144,14 +147,18 @@ class ResNet(nn.Module):
         multi_grid: factors of the dilation of layer4's blocks; as many as there are
             blocks are used.
         bn_momentum: share of the new batch in the running statistics.
+        recompute: compute the inside of each block again for the backward pass instead
+            of keeping it: less memory, the same gradients.
 
     Raises:
         ValueError: for another depth, stem or stride, or too short a multi_grid.
     """
 
     def __init__(self, n_layers: int = 101, stem: str = 'deep', stride: int = 8,
-                 multi_grid: Sequence[int] = (1, 2, 4), bn_momentum: float = 3e-4):
+                 multi_grid: Sequence[int] = (1, 2, 4), bn_momentum: float = 3e-4,
+                 recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         if n_layers not in BLOCKS:
             raise ValueError(f'no ResNet has {n_layers} layers here: choose one of '
                              f'{", ".join(map(str, BLOCKS))}')
@@ -222,9 +229,35 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (b, 64 or 128, h/4, w/4)
         feats = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+            for block in layer:
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False,
+                                   preserve_rng_state=False,
+                                   context_fn=functools.partial(first_and_again, block))
+                else:
+                    x = block(x)
             feats.append(x)
         return feats
+
+
+def first_and_again(block: nn.Module) -> tuple:
+    """Return the contexts of a block's first pass and of its recomputation."""
+    return contextlib.nullcontext(), without_statistics(block)
+
+
+@contextlib.contextmanager
+def without_statistics(block: nn.Module):
+    """Keep batch norms from counting a batch into their statistics a second time."""
+    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules()
+             if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    for norm, _, _ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 # -- ImageNet weights ------------------------------------------------------------------

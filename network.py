@@ -422,7 +422,7 @@ def build(n_classes: int, is_eval: bool = False) -> Segmenter:
     stem = 'deep' if settings.STEM == 'auto' else settings.STEM
     stride = is_eval and settings.EVAL_STRIDE or settings.STRIDE
     backbone = ResNet(settings.N_LAYERS, stem, stride, settings.MULTI_GRID,
-                      settings.BN_MOM)
+                      settings.BN_MOM, settings.RECOMPUTE and not is_eval)
     head = EMAHead(
         backbone.channels[-1], n_classes, settings.HEAD_CHANNELS, settings.FC1_CHANNELS,
         settings.DROPOUT, settings.BN_MOM, bases=settings.N_BASES,

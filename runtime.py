@@ -29,9 +29,9 @@ EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from 
 EXIT_CTRL_C = 130
 # These may differ between a run and its continuation: they do not change the result.
 FREE = ('RECIPE', 'RESUME', 'LOG_DIR', 'DATA_ROOT', 'CACHE', 'MODEL_DIR', 'DEVICE',
-        'RANKS', 'CHANNELS_LAST', 'COMPILE', 'N_WORKERS', 'LOG_EVERY', 'IMAGE_EVERY',
-        'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT', 'VAL_SPLIT', 'EVAL_STRIDE',
-        'EVAL_STAGE_NUM')
+        'RANKS', 'CHANNELS_LAST', 'COMPILE', 'RECOMPUTE', 'N_WORKERS', 'LOG_EVERY',
+        'IMAGE_EVERY', 'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT', 'VAL_SPLIT',
+        'EVAL_STRIDE', 'EVAL_STAGE_NUM')
 
 
 # -- settings --------------------------------------------------------------------------
@@ -187,6 +187,8 @@ def read_command_line(doc: str, add_options: Callable | None = None
 
 def fail(sentence: str) -> int:
     """Print an error and return the exit status for it."""
+    if int(os.environ.get('RANK', 0)):
+        time.sleep(3)  # an error of all ranks is the first one's to tell
     print(f'error: {sentence}', file=sys.stderr, flush=True)
     return EXIT_USER
 
@@ -364,6 +366,14 @@ class Team:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
             return int(tensor)
         return number
+
+    def gather(self, text: str) -> list[str]:
+        """Return the texts of all ranks, in their order."""
+        texts = [text] * self.world
+        if self.world > 1:
+            import torch.distributed as dist
+            dist.all_gather_object(texts, text, group=self.hosts)
+        return texts
 
     def is_alike(self, tensor) -> bool:
         """Tell whether all ranks hold the very same tensor."""

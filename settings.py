@@ -76,6 +76,7 @@ RANKS = 0                   # processes that share the work; 0: one a GPU, or on
 PRECISION = 'auto'          # fp32, bf16, fp16; auto is bf16 where the device has it
 CHANNELS_LAST = True        # memory order of the convolutions' tensors
 COMPILE = False             # torch.compile the network
+RECOMPUTE = False           # the backbone's blocks for the backward pass: less memory
 N_WORKERS = 4               # loader processes; 0 loads in the main one
 CACHE = ''                  # file to pack the training pictures into; '' is off
 

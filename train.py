@@ -263,6 +263,31 @@ def compare_settings(recorded: dict, path) -> list[str]:
     return lines
 
 
+def estimate_memory(session: Session) -> float:
+    """Return the GB that a step will need at its peak, roughly.
+
+    Gradients and momentum, and what the forward pass keeps for the backward, weights
+    among it; that is counted on torch's meta device, where nothing is computed.
+    """
+    n_ranks = session.team.world * settings.ACCUMULATE
+    net = network.build(session.n_classes).to('meta')
+    kept = {}  # storage -> bytes
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    size = settings.BATCH_SIZE // n_ranks, *dataset.crop_size()
+    images = torch.zeros(size[0], 3, *size[1:], device='meta')
+    labels = torch.zeros(size, dtype=torch.uint8, device='meta')
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        net(images, labels)
+    n_weights = sum(p.numel() for p in net.parameters())
+    is_half = session.precision != 'fp32'
+    return (sum(kept.values()) / (1 + is_half) + 8 * n_weights) / 1e9
+
+
 def validate(session: Session, log: runtime.Log | runtime.Silence) -> None:
     """Score the validation split and keep the best weights in best.pth."""
     team = session.team
@@ -348,7 +373,15 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
     before = logged = session.seconds
     for images, labels in loader:
         waited += time.perf_counter() - mark
-        _, logits = session.train_step(images, labels)
+        try:
+            _, logits = session.train_step(images, labels)
+        except RuntimeError as error:
+            if 'memory' not in str(error):
+                raise
+            raise ValueError(
+                f'the memory of {session.device} does not hold a step ('
+                f'{str(error).splitlines()[0]}): raise ACCUMULATE, set RECOMPUTE=true '
+                'or PRECISION=bf16, or lower BATCH_SIZE or CROP_SIZE') from error
         step = session.step
         session.loss_sum += session.loss
         session.n_losses += 1
@@ -471,6 +504,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         new = session.environment['source']
         if old != new:
             lines.append(f'note: the source was {old} then, it is {new} now')
+    devices = team.gather(f'{session.environment["host"]} {device} '
+                          f'({session.environment["device"]})')
     if team.largest(session.step) != -team.largest(-session.step):
         raise ValueError(f'the ranks do not read the same checkpoints in LOG_DIR='
                          f'{settings.LOG_DIR}: give a folder that all hosts share')
@@ -489,6 +524,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
              f'{"x".join(map(str, dataset.crop_size()))}, '
              f'{settings.BATCH_SIZE // team.world // settings.ACCUMULATE} at a time on '
              f'each of {team.world} ranks; log: {settings.LOG_DIR}')
+    log.line(f'ranks: {", ".join(devices)}; a step takes about '
+             f'{estimate_memory(session):.1f} GB of memory on each')
     for line in lines:
         log.line(line)
     return session, folder, facts, log

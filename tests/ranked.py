@@ -42,9 +42,9 @@ def step_and_look(session, images, labels):
     found = train_step(session, images, labels)
     for name, buffer in session.raw.named_buffers():
         assert session.team.is_alike(buffer.double()), name
-    mark = options.get('die')
-    if mark and session.step == 4 and session.team.rank == 1 and not Path(mark).exists():
-        Path(mark).touch()
+    mark = Path(options.get('die', __file__))
+    if session.step == 4 and session.team.rank == 1 and not mark.exists():
+        mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return found
 
