@@ -342,11 +342,17 @@ class Team:
         self.hosts = None  # the group in which processes talk without their devices
         if self.world > 1:
             import torch.distributed as dist
+            from torch.distributed.rendezvous import rendezvous
             is_cuda = device is not None and device.type == 'cuda'
             if is_cuda:
                 import torch
                 torch.cuda.set_device(device)
-            dist.init_process_group('nccl' if is_cuda else 'gloo')
+            # After a restart torchrun's store still holds the addresses of the dead.
+            store, rank, world = next(rendezvous('env://'))
+            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            dist.init_process_group('nccl' if is_cuda else 'gloo', rank=rank,
+                                    world_size=world,
+                                    store=dist.PrefixStore(f'attempt {attempt}', store))
             self.hosts = dist.new_group(backend='gloo') if is_cuda else dist.group.WORLD
 
     def add(self, tensor):
@@ -417,7 +423,8 @@ def launch() -> int | None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)
     os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // n, 1)))
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, max_restarts=0,
+    config = LaunchConfig(run_id=str(os.getpid()), min_nodes=1, max_nodes=1,
+                          nproc_per_node=n, max_restarts=0,
                           rdzv_backend='c10d', rdzv_endpoint='localhost:0',
                           monitor_interval=0.2)
     try:

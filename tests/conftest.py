@@ -1,7 +1,10 @@
 """Small data sets and a tiny network for the tests; nothing is downloaded."""
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch: two would wait for each other
@@ -83,3 +86,33 @@ def tiny(voc, tmp_path) -> list[str]:
     """Words that train the tiny network on the made-up VOC folder."""
     return [*TINY, 'DATASET=voc', f'DATA_ROOT={voc}', 'TRAIN_SPLIT=train',
             f'LOG_DIR={tmp_path / "log"}']
+
+
+class Zygote:
+    """Runs train.py's main in forks of one process: see zygote.py."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / 'tests' / 'zygote.py')], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+            env={**os.environ, 'PYTHONPATH': str(HERE)})
+
+    def __call__(self, words, out, seconds=None, places=({},), options=None) -> int:
+        """Run it, kill it after so many seconds, and return its exit status."""
+        order = {'words': list(map(str, words)), 'out': str(out), 'places': places,
+                 'options': options}
+        self.process.stdin.write(json.dumps(order) + '\n')
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope='module')
+def zygote():
+    """A function that runs train.py, and kills it if wanted."""
+    zygote = Zygote()
+    yield zygote
+    zygote.process.kill()

@@ -22,33 +22,37 @@ import network
 import runtime
 import train
 
-options = json.loads(sys.argv[1])
-if options.get('double'):
-    torch.set_default_dtype(torch.float64)
 build, train_step = network.build, train.Session.train_step
 
 
-def build_changed(*args, **values):
-    net = build(*args, **values)
-    if options.get('bn_eval'):
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-                module.train = lambda mode=True: None
-    return net
+def change(options):
+    """Change this process as the options say."""
+    if options.get('double'):
+        torch.set_default_dtype(torch.float64)
+
+    def build_changed(*args, **values):
+        net = build(*args, **values)
+        if options.get('bn_eval'):
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+                    module.train = lambda mode=True: None
+        return net
+
+    def step_and_look(session, images, labels):
+        found = train_step(session, images, labels)
+        for name, buffer in session.raw.named_buffers():
+            assert session.team.is_alike(buffer.double()), name
+        mark = Path(options.get('die', __file__))
+        if session.step == 4 and session.team.rank == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    network.build, train.Session.train_step = build_changed, step_and_look
 
 
-def step_and_look(session, images, labels):
-    found = train_step(session, images, labels)
-    for name, buffer in session.raw.named_buffers():
-        assert session.team.is_alike(buffer.double()), name
-    mark = Path(options.get('die', __file__))
-    if session.step == 4 and session.team.rank == 1 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
-
-
-network.build, train.Session.train_step = build_changed, step_and_look
-words = sys.argv[2:]
-sys.exit(train.main(argparse.Namespace(given=runtime.override(words))))
+if __name__ == '__main__':
+    change(json.loads(sys.argv[1]))
+    given = runtime.override(sys.argv[2:])
+    sys.exit(train.main(argparse.Namespace(given=given)))

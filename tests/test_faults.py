@@ -1,5 +1,4 @@
 """What ends a run: signals, kill -9, a second run, a rank that dies; all go on."""
-import json
 import os
 import random
 import signal
@@ -13,33 +12,13 @@ from conftest import HERE, run_script
 from test_scripts import compare, is_one_sentence, losses, read
 
 
-@pytest.fixture
-def zygote():
-    """A function that runs train.py and kills it after so many seconds."""
-    process = subprocess.Popen([sys.executable, str(HERE / 'tests' / 'zygote.py')],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, 'PYTHONPATH': str(HERE)})
-
-    def run(words, out, seconds=None, how=signal.SIGKILL):
-        process.stdin.write(json.dumps({'words': list(map(str, words)),
-                                        'out': str(out)}) + '\n')
-        process.stdin.flush()
-        child = int(process.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
-            os.kill(child, how)
-        return int(process.stdout.readline())
-
-    yield run
-    process.kill()
-
-
 def test_killed_at_random_moments(zygote, tiny, tmp_path):
     """kill -9 again and again, a save at every step: it always continues, bit for bit.
     """
     words = [*tiny, 'ITER_MAX=25', 'ITER_SAVE=10', 'KEEP=1']
-    whole, cut, out = tmp_path / 'whole', tmp_path / 'cut', tmp_path / 'out.txt'
-    assert zygote([*words, f'LOG_DIR={whole}'], out) == 0, out.read_text()
+    whole, cut, out = tmp_path / 'whole', tmp_path / 'cut', tmp_path / 'out'
+    errors = tmp_path / 'out.err'
+    assert zygote([*words, f'LOG_DIR={whole}'], out) == 0, errors.read_text()
     draw = random.Random(1)
     began = time.time()
     assert zygote([*words, f'LOG_DIR={tmp_path / "again"}'], out) == 0
@@ -47,13 +26,13 @@ def test_killed_at_random_moments(zygote, tiny, tmp_path):
     n_kills, status = 0, -9
     while n_kills < 22:
         status = zygote([*words, f'LOG_DIR={cut}'], out, draw.uniform(least, 0.9))
-        assert status in (0, -9), out.read_text()
+        assert status in (0, -9), errors.read_text()
         if status == 0:  # it was finished: begin anew
             compare(read(cut / 'final.pth')['net'], read(whole / 'final.pth')['net'])
             cut = tmp_path / f'cut{n_kills}'
             continue
         n_kills += 1
-    assert zygote([*words, f'LOG_DIR={cut}'], out) == 0, out.read_text()
+    assert zygote([*words, f'LOG_DIR={cut}'], out) == 0, errors.read_text()
     for key in ('net', 'optimizer', 'step'):
         compare(read(cut / 'latest.pth')[key], read(whole / 'latest.pth')[key], key)
     assert losses(cut) == losses(whole)
@@ -103,7 +82,7 @@ def test_two_runs_in_one_folder(tiny, tmp_path):
 def test_zygote_runs_are_like_others(zygote, tiny, tmp_path):
     """What the kills are compared with is what `python train.py` does."""
     words = [*tiny, 'ITER_MAX=3']
-    assert zygote([*words, f'LOG_DIR={tmp_path / "a"}'], tmp_path / 'out.txt') == 0
+    assert zygote([*words, f'LOG_DIR={tmp_path / "a"}'], tmp_path / 'out') == 0
     assert run_script('train.py', *words, f'LOG_DIR={tmp_path / "b"}').returncode == 0
     one, other = (torch.load(tmp_path / x / 'final.pth')['net'] for x in 'ab')
     compare(one, other)

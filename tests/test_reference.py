@@ -80,7 +80,7 @@ def test_evaluation_logits(released, stride, expected, monkeypatch):
     assert torch.allclose(cut, logits[:, :h, :w], atol=1e-5 * np.ptp(every4))
 
 
-@pytest.mark.parametrize('stride', [8, 16])
+@pytest.mark.parametrize('stride', [pytest.param(8, marks=pytest.mark.slow), 16])
 def test_training_steps(stride, expected, make_weights, monkeypatch, tmp_path):
     for name, value in dict(
             N_LAYERS=50, STEM='deep', STRIDE=stride, DROPOUT=0.0, ITER_MAX=30,

@@ -96,7 +96,8 @@ def test_train_and_eval(tiny, voc, tmp_path):
     assert done.returncode == 0 and 'finished' in done.stdout
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [
+    0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_is_exact(workers, tiny, tmp_path):
     """Stopped by SIGTERM, by SIGKILL and by Ctrl-C: all equal to the bit."""
     words = [*tiny, 'ITER_MAX=28', 'ITER_SAVE=40', 'LOG_EVERY=3',
@@ -241,11 +242,12 @@ IN_FILES = [break_mask_size, break_mask_rgb, break_mask_value, break_mask_trunca
 @pytest.mark.parametrize('fault, workers', [
     *((fault, 0) for fault in IN_LISTS),
     *((fault, workers) for fault in IN_FILES for workers in (0, 1))])
-def test_bad_data_is_one_sentence(fault, workers, tiny, voc):
+def test_bad_data_is_one_sentence(fault, workers, zygote, tiny, voc, tmp_path):
     words = fault(voc)
-    done = run_script('train.py', *tiny, 'ITER_MAX=6', 'BATCH_SIZE=6', 'ITER_SAVE=1',
-                      f'N_WORKERS={workers}')
-    is_one_sentence(done, *words)
+    status = zygote([*tiny, 'ITER_MAX=6', 'BATCH_SIZE=6', 'ITER_SAVE=1',
+                     f'N_WORKERS={workers}'], tmp_path / 'out')
+    error = (tmp_path / 'out.err').read_text()
+    is_one_sentence(subprocess.CompletedProcess((), status, '', error), *words)
 
 
 class Malice:
@@ -323,6 +325,7 @@ def test_measure_cost(tmp_path):
     assert '237.95 G' in done.stdout and '42.624 M' in done.stdout
 
 
+@pytest.mark.slow
 def test_measure_speed(tiny, tmp_path):
     done = run_script('measure.py', 'speed', '--rounds', 1, *tiny)
     assert done.returncode == 0, done.stderr
