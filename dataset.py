@@ -438,10 +438,10 @@ class StepSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.places, range(self.first, self.last))
 
-    def places(self, step: int) -> list[tuple[int, int]]:
-        """Return the (epoch, index) of this rank's samples of a step."""
-        share = self.batch // self.world
-        start = step * self.batch + self.rank * share
+    def places(self, step: int, is_whole: bool = False) -> list[tuple[int, int]]:
+        """Return the (epoch, index) of this rank's samples of a step, or of all."""
+        share = self.batch if is_whole else self.batch // self.world
+        start = step * self.batch + (0 if is_whole else self.rank * share)
         return [self.place(position) for position in range(start, start + share)]
 
     def place(self, position: int) -> tuple[int, int]:

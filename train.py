@@ -349,8 +349,7 @@ def check_sound(session: Session, sampler: dataset.StepSampler, folder: dataset.
     """
     step = int(session.first_bad)
     if step:
-        sampler = dataset.StepSampler(len(folder), sampler.batch, sampler.seed, 0, 0)
-        names = ', '.join(folder.ids[i] for _, i in sampler.places(step - 1))
+        names = ', '.join(folder.ids[i] for _, i in sampler.places(step - 1, True))
         raise ValueError(
             f'the loss or its gradient was not finite at step {step}, so that step '
             f'was not taken and nothing was saved since (pictures: {names}): look at '
@@ -452,7 +451,9 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     folder = dataset.open_split('train')
     if settings.EVAL_EVERY:
         dataset.open_split('val')  # better now than at the first validation
-    lock = runtime.lock(settings.LOG_DIR) if team.is_first else None
+    lock = None  # a new folder is made, and locked, when all is found to be well
+    if team.is_first and os.path.isdir(settings.LOG_DIR):
+        lock = runtime.lock(settings.LOG_DIR)
     content, path, lines = checkpoint.load_newest(settings.LOG_DIR)
     if content:
         lines += compare_settings(content['settings'], path)
@@ -512,7 +513,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     if not team.is_first:
         return session, folder, facts, runtime.Silence(settings.LOG_DIR)
     log = runtime.Log(settings.LOG_DIR, session.step)
-    log.lock = lock  # held as long as the log is
+    log.lock = lock or runtime.lock(settings.LOG_DIR)  # held as long as the log is
     for left_over in log.folder.glob('*.pth.tmp'):
         left_over.unlink()
     runtime.write_text(log.folder / 'settings.txt', runtime.settings_text())

@@ -79,8 +79,8 @@ def test_non_finite_step_changes_nothing(session, monkeypatch):
     class Names:
         ids = ['a', 'b']
 
-        def places(self, step):
-            assert step == 1
+        def places(self, step, is_whole):
+            assert step == 1 and is_whole
             return [(0, 1), (0, 0)]
 
     with pytest.raises(ValueError, match=r'step 2.*b, a'):
