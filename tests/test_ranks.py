@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HERE, TINY, run_script, write_voc
-from test_scripts import is_one_sentence, losses, read
+from test_scripts import compare, is_one_sentence, losses, read
 
 
 @pytest.fixture(scope='module')
@@ -102,6 +102,14 @@ def test_the_number_of_ranks_may_change(first, then, train, alone, words,
     found = train(then, [*words, 'RESUME=force'], log, double=True)
     check_losses(alone, log, 1e-9)
     check_same(read(alone / 'final.pth'), found, 1e-8)
+
+
+def test_resumed_with_as_many_ranks_it_is_the_same_to_the_bit(train, words, tmp_path):
+    whole = train(2, words, tmp_path / 'whole')
+    train(2, [*words, 'ITER_MAX=4'], tmp_path / 'cut')
+    found = train(2, [*words, 'RESUME=force'], tmp_path / 'cut')
+    compare(whole['net'], found['net'])
+    assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
 
 
 def test_evaluation_is_shared(words, tmp_path):
