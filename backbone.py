@@ -158,7 +158,8 @@ class ResNet(nn.Module):
                  multi_grid: Sequence[int] = (1, 2, 4), bn_momentum: float = 3e-4,
                  recompute: bool = False):
         super().__init__()
-        self.recompute = recompute
+        # what is recomputed stays out of a compiled graph
+        self.again = torch.compiler.disable(checkpoint) if recompute else None
         if n_layers not in BLOCKS:
             raise ValueError(f'no ResNet has {n_layers} layers here: choose one of '
                              f'{", ".join(map(str, BLOCKS))}')
@@ -230,8 +231,8 @@ class ResNet(nn.Module):
         feats = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
-                if self.recompute and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False,
+                if self.again and torch.is_grad_enabled():
+                    x = self.again(block, x, use_reentrant=False,
                                    preserve_rng_state=False,
                                    context_fn=functools.partial(first_and_again, block))
                 else:

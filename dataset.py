@@ -476,7 +476,8 @@ def stand_apart(worker: int) -> None:
     A signal to the group of the run, Ctrl-C or a scheduler's SIGTERM, would end it at
     once, and the run with it before the step is saved.
     """
-    os.setpgid(0, 0)
+    if hasattr(os, 'setpgid'):  # not on Windows
+        os.setpgid(0, 0)
 
 
 def train_loader(folder: Folder, first: int, last: int, device_type: str,

@@ -205,10 +205,20 @@ def run(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         status = 1
     except Exception as error:
         sentence = explain(error)
-        if sentence is None:
+        if sentence is None and is_lost(error):
+            time.sleep(3)  # the rank that failed tells why
+            print('error: another rank has ended', file=sys.stderr)
+        elif sentence is None:
             traceback.print_exc()
         status = 1 if sentence is None else fail(sentence)
     sys.exit(status)
+
+
+def is_lost(error: Exception) -> bool:
+    """Tell whether a collective operation failed because another rank is gone."""
+    signs = ('Connection closed', 'Connection reset', 'NCCL', 'gloo')
+    return (int(os.environ.get('WORLD_SIZE', 1)) > 1 and isinstance(error, RuntimeError)
+            and any(sign in str(error) for sign in signs))
 
 
 def explain(error: Exception) -> str | None:
@@ -240,11 +250,15 @@ class Signals:
         self.exit_status = 0
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
+        if 'RANK' in os.environ and hasattr(signal, 'SIGHUP'):
+            signal.signal(signal.SIGHUP, self._note)  # its launcher is stopped
 
     def _note(self, number, frame):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.exit_status = EXIT_STOPPED if number == signal.SIGTERM else EXIT_CTRL_C
+        self.exit_status = EXIT_CTRL_C if number == signal.SIGINT else EXIT_STOPPED
+        if hasattr(signal, 'SIGCHLD'):  # loaders that die with us must not raise now
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 # -- device and precision --------------------------------------------------------------
@@ -266,7 +280,10 @@ def list_devices() -> list[str]:
 def pick_device():
     """Return the torch.device of this process: that of its local rank."""
     import torch
-    names = list_devices()
+    names, n = list_devices(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if names[0].startswith('cuda') and n > len(names):
+        raise ValueError(f'{n} ranks were started on this machine, but there are '
+                         f'{len(names)} GPUs ({", ".join(names)}): start fewer')
     name = names[int(os.environ.get('LOCAL_RANK', 0)) % len(names)]
     try:
         device = torch.device(name)
@@ -341,19 +358,20 @@ class Team:
         self.is_local_first = int(os.environ.get('LOCAL_RANK', 0)) == 0
         self.hosts = None  # the group in which processes talk without their devices
         if self.world > 1:
+            from datetime import timedelta
+
             import torch.distributed as dist
-            from torch.distributed.rendezvous import rendezvous
             is_cuda = device is not None and device.type == 'cuda'
             if is_cuda:
                 import torch
                 torch.cuda.set_device(device)
-            # After a restart torchrun's store still holds the addresses of the dead.
-            store, rank, world = next(rendezvous('env://'))
-            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-            dist.init_process_group('nccl' if is_cuda else 'gloo', rank=rank,
-                                    world_size=world,
-                                    store=dist.PrefixStore(f'attempt {attempt}', store))
-            self.hosts = dist.new_group(backend='gloo') if is_cuda else dist.group.WORLD
+            patience = timedelta(hours=6)  # while one rank packs, saves or downloads
+            if is_cuda:
+                dist.init_process_group('nccl')
+                self.hosts = dist.new_group(backend='gloo', timeout=patience)
+            else:
+                dist.init_process_group('gloo', timeout=patience)
+                self.hosts = dist.group.WORLD
 
     def add(self, tensor):
         """Sum a tensor over the ranks, in place, and return it."""
@@ -382,13 +400,17 @@ class Team:
         return texts
 
     def is_alike(self, tensor) -> bool:
-        """Tell whether all ranks hold the very same tensor."""
+        """Tell whether all ranks hold the very same tensor, of 4 or 8 bytes a number.
+        """
         if self.world > 1:
+            import torch
             import torch.distributed as dist
-            low, high = tensor.detach().clone(), tensor.detach().clone()
+            bits = tensor.detach().view(torch.int64 if tensor.itemsize == 8 else
+                                        torch.int32)
+            low, high = bits.clone(), bits.clone()
             dist.all_reduce(low, dist.ReduceOp.MIN)
             dist.all_reduce(high, dist.ReduceOp.MAX)
-            return bool((low == high).all())
+            return torch.equal(low, high)
         return True
 
     def leave(self) -> None:
@@ -411,8 +433,14 @@ def launch() -> int | None:
         raise ValueError(f'RANKS={settings.RANKS}: 0 or more is expected')
     names = list_devices()
     n = settings.RANKS or len(names)
+    if n > 1 and names[0].startswith('cuda'):
+        import torch.distributed as dist
+        if not dist.is_nccl_available():  # as on Windows
+            n = settings.RANKS or 1
     if n == 1:
         return None
+    if names[0] == 'mps':
+        raise ValueError(f'RANKS={n}: there is one MPS device, set RANKS=0 or 1')
     if names[0].startswith('cuda') and n > len(names):
         raise ValueError(f'RANKS={n}, but there are {len(names)} GPUs ('
                          f'{", ".join(names)}): set RANKS=0 for one process a GPU')
@@ -426,14 +454,18 @@ def launch() -> int | None:
     config = LaunchConfig(run_id=str(os.getpid()), min_nodes=1, max_nodes=1,
                           nproc_per_node=n, max_restarts=0,
                           rdzv_backend='c10d', rdzv_endpoint='localhost:0',
-                          monitor_interval=0.2)
+                          monitor_interval=0.2,
+                          # not SIGHUP: nohup is to hold for the launcher too
+                          **({'signals_to_handle': 'SIGTERM,SIGINT'} if
+                             'signals_to_handle' in LaunchConfig.__dataclass_fields__
+                             else {}))
     try:
         elastic_launch(config, sys.executable)(*sys.argv)
     except SignalException as stop:
-        return EXIT_CTRL_C if stop.sigval == signal.SIGINT else EXIT_STOPPED
+        return EXIT_STOPPED if stop.sigval == signal.SIGTERM else 128 + stop.sigval
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in codes if code > 0), 1)
+        return EXIT_USER if EXIT_USER in codes else max(1, *codes)
     return 0
 
 
@@ -498,11 +530,15 @@ def lock(folder: str | Path, name: str = 'LOG_DIR'):
         return file
     try:  # of this process alone: its children do not inherit it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         raise ValueError(f'another process writes into {name}={folder} ('
                          f'{file.read().strip()}): wait for its end, or give another '
                          'folder') from None
+    except OSError as error:  # as on some network file systems
+        print(f'note: {folder} cannot be locked ({error}): take care that one process '
+              'at a time writes there')
+        return file
     file.truncate(0)
     file.write(f'process {os.getpid()} on {platform.node()}\n')
     file.flush()

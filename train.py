@@ -230,7 +230,7 @@ def check_settings(world: int = 1) -> None:
         n = world * s.ACCUMULATE
         raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE}, of all ranks together, cannot be '
                          f'computed in equal parts by {world} ranks with ACCUMULATE='
-                         f'{s.ACCUMULATE}: make it a multiple of {n}')
+                         f'{s.ACCUMULATE}: make it a multiple of {n}, or set RANKS')
     if s.LOSS_NORM not in ('all', 'valid'):
         raise ValueError(f'LOSS_NORM={s.LOSS_NORM} is none of all, valid')
     if s.OHEM_KEPT or s.OHEM_BELOW:
@@ -314,14 +314,15 @@ def save(session: Session, path, is_final: bool = False) -> None:
     """Write a checkpoint, on the first rank.
 
     Raises:
-        RuntimeError: where the ranks do not hold the same bases and statistics.
+        RuntimeError: where the ranks do not hold the same network.
     """
     content = session.state(is_final)
-    for name, buffer in session.raw.named_buffers():
-        if buffer.dtype.is_floating_point and not session.team.is_alike(buffer):
-            raise RuntimeError(f'the ranks hold different {name} after step '
-                               f'{session.step}, so nothing was saved: this is a fault '
-                               'of the code, please report it')
+    sums = torch.stack([t.float().sum() for t in content['net'].values()])
+    mu = next((t.float() for k, t in content['net'].items() if k.endswith('.mu')), sums)
+    if not session.team.is_alike(torch.cat([sums, mu.flatten()])):
+        raise RuntimeError('the ranks hold different weights, statistics or bases '
+                           f'after step {session.step}, so nothing was saved: this is '
+                           'a fault of the code or of a device, please report it')
     if session.team.is_first:
         checkpoint.save(content, path)
 
@@ -370,12 +371,13 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
     began = mark = time.perf_counter()
     waited, logged_at = 0.0, session.step
     before = logged = session.seconds
-    for images, labels in loader:
+    for images, labels in until_stopped(loader, signals):
         waited += time.perf_counter() - mark
         try:
             _, logits = session.train_step(images, labels)
         except RuntimeError as error:
-            if 'memory' not in str(error):
+            if not isinstance(error, torch.OutOfMemoryError) and (
+                    "can't allocate memory" not in str(error)):
                 raise
             raise ValueError(
                 f'the memory of {session.device} does not hold a step ('
@@ -388,7 +390,8 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
         is_last = step == settings.ITER_MAX or status
         is_logged = step % settings.LOG_EVERY == 0 or step == settings.ITER_MAX
         is_saved = step % save_every == 0 or is_last
-        is_validated = settings.EVAL_EVERY and (step % settings.EVAL_EVERY == 0)
+        is_validated = settings.EVAL_EVERY and (
+            step % settings.EVAL_EVERY == 0) and not status
         if is_logged or is_saved or is_validated:
             check_sound(session, sampler, folder)  # here the host waits for the device
             session.seconds = before + time.perf_counter() - began
@@ -413,7 +416,20 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
         if status:
             break
     bar.close()
+    if not status and session.step < settings.ITER_MAX:  # the loaders were stopped too
+        status = signals.exit_status
+        check_sound(session, sampler, folder)
+        save(session, log.folder / 'latest.pth')
     return status if session.step < settings.ITER_MAX else 0
+
+
+def until_stopped(loader, signals: runtime.Signals):
+    """Yield the batches; end where the loaders died of the signal that stops us."""
+    try:
+        yield from loader
+    except (RuntimeError, OSError, EOFError):
+        if not signals.exit_status:
+            raise
 
 
 def report_step(session, log, bar, taken: float, waited: float, n: int) -> None:
@@ -542,6 +558,7 @@ def main(args: argparse.Namespace) -> int:
         log.line(f'this run is finished (step {session.step}): evaluate it with python '
                  f'eval.py LOG_DIR={settings.LOG_DIR}, or start over after '
                  f'`sh clean.sh {settings.LOG_DIR}`')
+        session.team.leave()
         return 0
     status = 0
     if session.step < settings.ITER_MAX:

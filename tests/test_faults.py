@@ -86,3 +86,23 @@ def test_zygote_runs_are_like_others(zygote, tiny, tmp_path):
     assert run_script('train.py', *words, f'LOG_DIR={tmp_path / "b"}').returncode == 0
     one, other = (torch.load(tmp_path / x / 'final.pth')['net'] for x in 'ab')
     compare(one, other)
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds the loaders in /proc')
+def test_a_signal_to_every_process(tiny, tmp_path):
+    """As Slurm does, loaders included, whatever group they are in."""
+    words = [*tiny, 'ITER_MAX=100000', 'ITER_SAVE=1000000', 'N_WORKERS=2']
+    log = tmp_path / 'log'
+    run = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *words],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 60
+    while time.time() < end and not (log / 'log.jsonl').exists() or not losses(log):
+        time.sleep(0.05)
+    with open(f'/proc/{run.pid}/task/{run.pid}/children') as children:
+        loaders = [int(pid) for pid in children.read().split()]
+    assert len(loaders) >= 2
+    for pid in (run.pid, *loaders):
+        os.kill(pid, signal.SIGTERM)
+    out, error = run.communicate(timeout=60)
+    assert run.returncode == 75, error
+    assert read(log / 'latest.pth')['step'] == max(losses(log))

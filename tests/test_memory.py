@@ -67,3 +67,15 @@ def test_out_of_memory_is_a_sentence(voc, tmp_path, monkeypatch):
         train.main(argparse.Namespace(given=given))
     sentence = runtime.explain(caught.value)
     assert all(word in sentence for word in ('ACCUMULATE', 'RECOMPUTE', 'CROP_SIZE'))
+
+
+@pytest.mark.slow
+def test_recomputing_compiled():
+    """Both settings together: the losses of the plain network."""
+    found = []
+    for values in ({}, {'RECOMPUTE': True, 'COMPILE': True}):
+        session = make_session(N_LAYERS=18, STEM='plain', **values)
+        found.append(torch.stack([session.train_step(*make_batch())[0]
+                                  for _ in range(3)]))
+        settings.COMPILE = False
+    assert torch.allclose(*found, rtol=1e-3)
