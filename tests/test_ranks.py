@@ -95,7 +95,8 @@ def test_four_ranks(train, alone, words, tmp_path):
     check_same(read(alone / 'final.pth'), found, 1e-8)
 
 
-@pytest.mark.parametrize('first, then', [(1, 2), (2, 1)])
+@pytest.mark.parametrize('first, then', [
+    (1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_the_number_of_ranks_may_change(first, then, train, alone, words,
                                          tmp_path):
     log = tmp_path / 'log'
@@ -143,7 +144,8 @@ def test_sigterm_to_the_launcher(words, tmp_path):
     assert out.count('stopped after step') == 1
     step = read(log / 'latest.pth')['step']
     assert step == max(losses(log))
-    done = run_script('train.py', *words, f'ITER_MAX={step + 1}', 'RESUME=force')
+    done = run_script('train.py', *words, f'ITER_MAX={step + 1}', 'RESUME=force',
+                      'RANKS=1')
     assert done.returncode == 0, done.stderr
     assert f'after step {step}' in done.stdout
 
