@@ -51,8 +51,8 @@ def check_same(one, other, tolerance, least=1e-6):
     assert one['net'].keys() == other['net'].keys()
     for name, tensor in one['net'].items():
         if tensor.is_floating_point():
-            scale = tensor.abs().max().clamp(min=least)
-            error = (tensor - other['net'][name]).abs().max() / scale
+            scale = tensor.norm().clamp(min=least)
+            error = (tensor - other['net'][name]).norm() / scale
             assert error < tolerance, (name, error)
 
 
