@@ -369,7 +369,7 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
                disable=None if team.is_first else True, dynamic_ncols=True)
     save_every = max(settings.ITER_SAVE // 10, 1)
     began = mark = time.perf_counter()
-    waited, logged_at = 0.0, session.step
+    waited, logged_at, status = 0.0, session.step, 0
     before = logged = session.seconds
     for images, labels in until_stopped(loader, signals):
         waited += time.perf_counter() - mark
