@@ -23,11 +23,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import masks
 import recipes
 import runtime
 import settings
-from sources import Sources, download, make_files, start_pool, write_list
+from preparation import masks
+from preparation.sources import Sources, download, make_files, start_pool, write_list
 
 OWN_MASKS = 'masks_made'  # folder of the masks of a user's own that were converted
 VOC_COLOURS = recipes.voc_palette()
@@ -390,7 +390,7 @@ def below(root: Path, folder: Path) -> str:
 
 def prepare_shapes(args: argparse.Namespace) -> None:
     """Draw the embedded data set, in seconds; pictures that are there are kept."""
-    import shapes
+    from preparation import shapes
     root = place(args)
     lock = runtime.lock(root, '--root')
     if args.train < 1 or args.val < 1 or args.seed < 0:
@@ -428,7 +428,7 @@ def check_data(args: argparse.Namespace) -> int:
     runtime.override(args.words)
     if args.pictures < 0:
         raise ValueError(f'--pictures {args.pictures}: 0 or more is expected')
-    import check
+    from preparation import check
     return 0 if check.check(settings.LOG_DIR, args.pictures) else 1
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import recipes
 import settings
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 EXIT_USER = 2       # a sentence was printed: change something, then try again
 EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from it
 EXIT_CTRL_C = 130
@@ -236,7 +236,7 @@ def explain(error: Exception) -> str | None:
     else:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         file, code, sentence = frame.filename, frame.line or '', str(error)
-    is_ours = Path(file).resolve().parent == HERE.resolve()
+    is_ours = Path(file).resolve().parent in (HERE, HERE / 'preparation')
     return sentence if is_ours and code.startswith('raise ') else None
 
 

@@ -8,10 +8,10 @@ import pytest
 from conftest import write_voc
 from PIL import Image
 
-import check
 import dataset
 import recipes
 import settings
+from preparation import check
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data' / 'VOCdevkit' / 'VOC2012'
 

@@ -22,10 +22,9 @@ from PIL import Image
 from scipy.io import savemat
 
 import dataset
-import masks
 import prepare
 import recipes
-import sources
+from preparation import masks, sources
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f'no real data in {REAL}')

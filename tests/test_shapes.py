@@ -4,7 +4,7 @@ from conftest import run_script
 from PIL import Image
 
 import dataset
-import shapes
+from preparation import shapes
 
 
 def test_classes_are_those_of_the_data_set():

@@ -29,8 +29,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-import masks
 import runtime
+from preparation import masks
 
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError,
           RuntimeError, NotImplementedError)  # the last two of encrypted zips

@@ -1,6 +1,6 @@
 """Masks of every kind, as they were published or drawn, to one byte a pixel.
 
-    from masks import read_sbd
+    from preparation.masks import read_sbd
     mask = read_sbd(Path("2008_000051.mat").read_bytes())     # (h, w) uint8
 
 prepare.py runs these over whole data sets. Each function that turns the bytes of a file
