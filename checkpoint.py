@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import recipes
+import runtime
 import settings
 
 # What the tensors mean: on loading, these win over settings.py.
@@ -24,6 +26,9 @@ ARCHITECTURE = (
     'N_LAYERS', 'STEM', 'STRIDE', 'MULTI_GRID', 'MEAN', 'STD', 'HEAD', 'HEAD_CHANNELS',
     'FC1_CHANNELS', 'N_BASES', 'STAGE_NUM', 'EM_LAMBDA', 'EM_KERNEL', 'EM_NORM',
     'EM_UPDATE', 'EM_GRADIENT', 'EM_CONV1', 'AUX_WEIGHT')
+
+# Of this command line and machine: never taken over from training.
+NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'RANKS', 'N_WORKERS')
 
 # What training did before there was a setting for it.
 BEFORE = {'CROP_WIDTH': 0, 'INIT_FROM': '', 'LR_END': 0.0, 'DECAY_ALL': False,
@@ -138,6 +143,18 @@ def damage(path: Path, error: Exception) -> str:
             f'{type(error).__name__}): get it again or take another one')
 
 
+def find_checkpoints() -> list[Path]:
+    """Return the files that settings name: those of CHECKPOINT, or the last of LOG_DIR.
+    """
+    folder = Path(settings.LOG_DIR)
+    if settings.CHECKPOINT:
+        whole = Path(settings.CHECKPOINT)
+        return [whole] if whole.exists() else [
+            Path(part.strip()) for part in settings.CHECKPOINT.split(',')]
+    there = [p for p in (folder / 'final.pth', folder / 'latest.pth') if p.exists()]
+    return [max(there, key=lambda p: p.stat().st_mtime, default=folder / 'final.pth')]
+
+
 def load_newest(folder: str | Path) -> tuple[dict[str, Any] | None, Path | None, list]:
     """Read the newest sound checkpoint of a run: latest.pth, else the last step_N.pth.
 
@@ -207,6 +224,44 @@ def adopt_architecture(found: dict[str, Any]) -> list[str]:
                              f'not {old!r}')
             setattr(settings, name, found[name])
     return lines
+
+
+def take_over(content: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Set the settings that a checkpoint is to be used with.
+
+    What training was given on its command line holds here too, then the words of this
+    command line come on top, and the meaning of the tensors is the checkpoint's.
+
+    Args:
+        content: of load().
+        given: values of this command line.
+
+    Returns:
+        A line for each setting that is not this folder's.
+    """
+    trained = {name: value for name, value in content['run'].get('given', {}).items()
+               if name not in NOT_TAKEN_OVER and hasattr(settings, name)}
+    kept = {name: getattr(settings, name) for name in NOT_TAKEN_OVER}
+    runtime.apply({**trained, **kept, **given})  # training's recipe may set them too
+    lines = [f'{name} = {runtime.show_value(value)} as in training'
+             for name, value in trained.items() if name not in given]
+    return lines + adopt_architecture(content['settings'])
+
+
+def describe_classes(content: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Return names and palette (768 numbers) of the classes that a checkpoint predicts.
+
+    Of one that does not tell, they are those of the data set in settings, or of the
+    first one with as many classes, or numbers.
+    """
+    run, n = content['run'], n_classes_of(content['net'])
+    if run.get('classes'):
+        return list(run['classes']), list(run['palette'])
+    known = recipes.DATASETS
+    for facts in (known.get(settings.DATASET, known['voc']), *known.values()):
+        if len(facts['classes']) == n:
+            return list(facts['classes']), facts['palette']
+    return [f'class {i}' for i in range(n)], recipes.voc_palette()
 
 
 def n_classes_of(state: dict[str, Tensor]) -> int:

@@ -22,7 +22,10 @@ files=$(find "$dir" -maxdepth 1 -type f \( -name 'latest.pth' -o -name 'step_*.p
     -o -name 'measure_*.json' -o -name 'check_*.json' -o -name 'check_*.png' \
     -o -name 'log.jsonl.tmp' -o -name 'settings.txt.tmp' \)
     if [ -d "$dir/eval" ]; then
-        find "$dir/eval" -maxdepth 1 -type f \( -name '*.json' -o -name '*.png' \)
+        find "$dir/eval" -maxdepth 1 -type f \( -name '*.json' -o -name '*.png' \
+            -o -name '*.csv' -o -name '*_submit.tar' -o -name '*_submit.zip' \
+            -o -name '*_submit.???.tmp' \)
+        find "$dir/eval" -path '*_submit/*' -type f -name '*.png'
     fi)
 if [ -z "$files" ]; then
     echo "no run has written into $dir: nothing to clean"
@@ -35,5 +38,8 @@ if [ -z "$yes" ]; then
     case "$answer" in y|Y|yes) ;; *) echo "nothing was removed"; exit 1 ;; esac
 fi
 echo "$files" | while IFS= read -r file; do rm -f -- "$file"; done
-rmdir "$dir/eval" "$dir" 2>/dev/null || true  # only where they are empty now
+if [ -d "$dir/eval" ]; then  # folders that are empty now
+    find "$dir/eval" -depth -path '*_submit*' -type d -exec rmdir {} \; 2>/dev/null || true
+fi
+rmdir "$dir/eval" "$dir" 2>/dev/null || true
 echo "removed"

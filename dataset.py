@@ -79,13 +79,15 @@ class Folder:
         split: name of the list, without .txt.
         facts: of the data set, see DATASETS in recipes.py.
         is_complete: raise where a file of the list is missing.
+        needs_masks: raise too where no mask is there; otherwise `has_masks` tells.
 
     Raises:
         FileNotFoundError, ValueError: in a sentence, where the folder, the list or a
             file of it is missing.
     """
 
-    def __init__(self, root: str, split: str, facts: dict, is_complete: bool = True):
+    def __init__(self, root: str, split: str, facts: dict, is_complete: bool = True,
+                 needs_masks: bool = True):
         self.n_classes, self.split = len(facts['classes']), split
         folder = Path(root)
         if not folder.is_dir():
@@ -116,6 +118,8 @@ class Folder:
         self.is_checked = bytearray(len(self.ids))  # masks whose values are known good
         self.pack = None
         lost = self.find_missing() if is_complete else []
+        self.has_masks = needs_masks or not set(lost).issuperset(self.labels)
+        lost = lost if self.has_masks else sorted({*lost} - {*self.labels})
         if lost:
             raise FileNotFoundError(
                 f'{len(lost)} of the {2 * len(self)} files of {self.file} are missing, '
@@ -213,19 +217,46 @@ class Folder:
 
 
 def as_rgb(picture: Image.Image) -> np.ndarray:
-    """Decode a picture of any mode to (h, w, 3) uint8; 16-bit grey keeps its high byte.
+    """Decode a picture of any mode to (h, w, 3) uint8, as its pixels are stored.
+
+    What is transparent lies on white. Of 16-bit grey the high byte is kept; whole
+    numbers of 32 bits that need more than 16 are scaled by the largest, floating-point
+    ones from the smallest to the largest that is finite. Of several pages or frames it
+    is the one that is open, at first the first.
     """
-    if picture.mode.startswith('I'):
-        return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, 2)
+    mode = picture.mode
+    if mode[0] in 'IF':  # grey of more than 8 bits
+        grey = np.asarray(picture)
+        if mode == 'F':
+            values = grey[np.isfinite(grey)].astype(float)
+            low, high = (values.min(), values.max()) if len(values) else (0, 0)
+            values = np.nan_to_num((grey - low) / (high - low or 1), nan=0)
+            grey = np.rint(values.clip(0, 1) * 255)
+        elif grey.max(initial=0) > 65535:
+            grey = np.rint(grey.clip(0) * (255 / grey.max()))
+        else:
+            grey = grey.clip(0) >> 8
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
+    if mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or (
+            mode == 'P' and 'transparency' in picture.info):
+        picture = (picture.convert('LA') if mode == 'La' else picture).convert('RGBA')
+        white = Image.new('RGBA', picture.size, 'white')
+        picture = Image.alpha_composite(white, picture)
     return np.asarray(picture if picture.mode == 'RGB' else picture.convert('RGB'))
 
 
-def open_split(split: str, is_complete: bool = True) -> Folder:
+def open_split(split: str, is_complete: bool = True, needs_masks: bool = True
+               ) -> Folder:
     """Open a list of the data set in settings: 'train', 'val' are its usual ones."""
     facts = get_facts()
     chosen = {'train': settings.TRAIN_SPLIT, 'val': settings.VAL_SPLIT}[split]
     return Folder(settings.DATA_ROOT or facts['root'], chosen or facts[split], facts,
-                  is_complete)
+                  is_complete, needs_masks)
+
+
+def n_to_evaluate(folder: Folder) -> int:
+    """Return how many pictures of a list EVAL_IMAGES lets be evaluated."""
+    return min(settings.EVAL_IMAGES or len(folder), len(folder))
 
 
 class Pack:
@@ -500,7 +531,9 @@ def train_loader(folder: Folder, first: int, last: int, device_type: str,
 # -- evaluation samples ----------------------------------------------------------------
 
 class EvalSet(Dataset):
-    """Whole pictures: (image (3, h, w) uint8, label (h, w) uint8, name).
+    """Whole pictures: (index, image (3, h, w) uint8, label (h, w) uint8).
+
+    The labels of a list without masks are ignored everywhere.
 
     Args:
         folder: pictures and masks.
@@ -512,20 +545,62 @@ class EvalSet(Dataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        image, label = self.folder.read(index)
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
+        if self.folder.has_masks:
+            image, label = self.folder.read(index)
+        else:
+            image = self.folder.read_image(index)
+            label = np.full(image.shape[:2], IGNORED, np.uint8)
         image, label = (torch.from_numpy(np.array(x)) for x in (image, label))
-        return image.permute(2, 0, 1), label, self.folder.ids[index]
+        return index, image.permute(2, 0, 1), label
 
 
-def eval_loader(folder: Folder, rank: int = 0, world: int = 1) -> DataLoader:
-    """Return the loader of a list's whole pictures, one at a time, in order.
+def as_lists(samples: list[tuple]) -> tuple[tuple, ...]:
+    """Collate samples of different sizes: a tuple of indices, one of images ..."""
+    return tuple(zip(*samples, strict=True))
 
-    Of several ranks each has its share: every world-th picture.
+
+def batch_by_size(folder: Folder, n_images: int, batch: int,
+                  grid: int) -> list[list[int]]:
+    """Put the first pictures of a list into batches of like size.
+
+    Args:
+        folder: of the pictures; only their headers are read.
+        n_images: how many.
+        batch: pictures of a batch, at most.
+        grid: sides that need as many steps of so many pixels are alike.
+
+    Returns:
+        Indices of each batch, in the order of its first one.
     """
-    return DataLoader(EvalSet(folder), batch_size=None, num_workers=n_workers(),
-                      sampler=range(rank, len(folder), world),
-                      worker_init_fn=stand_apart)
+    if batch == 1:
+        return [[i] for i in range(n_images)]
+    groups = {}
+    for i in range(n_images):
+        try:
+            with Image.open(folder.open(folder.images, i)) as picture:
+                size = tuple(-(-(n - 1) // grid) for n in picture.size)
+        except (OSError, SyntaxError, Image.DecompressionBombError):
+            size = i  # reading it will tell what is wrong
+        groups.setdefault(size, []).append(i)
+    return sorted(group[i:i + batch] for group in groups.values()
+                  for i in range(0, len(group), batch))
+
+
+def eval_loader(folder: Folder, n_images: int, device_type: str = 'cpu', rank: int = 0,
+                world: int = 1) -> DataLoader:
+    """Return the loader of the first whole pictures of a list, in batches of like size.
+
+    Of several ranks each has its share of the batches.
+
+    Returns:
+        A loader of (indices, images, labels), tuples as long as the batch: see EvalSet.
+    """
+    grid = settings.EVAL_STRIDE or settings.STRIDE
+    batches = batch_by_size(folder, n_images, settings.EVAL_BATCH, grid)
+    return DataLoader(EvalSet(folder), batch_sampler=batches[rank::world],
+                      collate_fn=as_lists, num_workers=n_workers(),
+                      pin_memory=device_type == 'cuda', worker_init_fn=stand_apart)
 
 
 # -- pictures --------------------------------------------------------------------------

@@ -1,7 +1,10 @@
-"""Evaluate a checkpoint on a split: pixel accuracy, mIoU and the table of classes.
+"""Evaluate a checkpoint on a split: scores, tables, pictures, a test server's files.
 
     python eval.py                                   # final.pth of LOG_DIR
-    python eval.py CHECKPOINT=path/to/any.pth --pictures 12
+    python eval.py CHECKPOINT=path/to/any.pth --worst 12
+    python eval.py EVAL_MODE=multi EVAL_FLIP=true    # several scales and mirrored
+    python eval.py --stages 1,2,3,4 CHECKPOINT=a.pth,b.pth    # in one pass
+    python eval.py VAL_SPLIT=test --submit           # the test server's archive
 
 Takes this project's checkpoints and the released ones. What the tensors mean comes from
 the checkpoint; what training was given on its command line holds here too, and the
@@ -12,158 +15,388 @@ import runtime
 
 def add_options(parser) -> None:
     parser.add_argument('--pictures', type=int, default=0, metavar='N',
-                        help='draw input, truth and prediction of N images')
+                        help='draw input, truth, prediction and errors of N images')
+    parser.add_argument('--worst', type=int, default=0, metavar='N',
+                        help='draw the N images with the lowest mIoU of their own')
+    parser.add_argument('--stages', default='', metavar='T,T,...',
+                        help='evaluate with each of these numbers of EM iterations')
+    parser.add_argument('--average', action='store_true',
+                        help="score the mean of the checkpoints' probabilities")
+    parser.add_argument('--submit', action='store_true',
+                        help='pack the predictions for the test server of the data set')
 
 
 if __name__ == '__main__':
     args = runtime.read_command_line(__doc__, add_options)  # before the slow imports
 
 import argparse
+import csv
+import io
+import math
+import os
+import tarfile
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
 import dataset
+import drawing
 import inference
 import metric
 import network
 import settings
 
-NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'RANKS',
-                  'N_WORKERS')
+
+class Variant(NamedTuple):
+    """One thing that is scored: a network with a number of EM iterations."""
+    name: str  # for files and tables
+    path: Path
+    step: int
+    stages: int
+    settings: dict
 
 
-def find_checkpoint() -> Path:
-    """Return the file to evaluate: CHECKPOINT, or the last of LOG_DIR."""
-    folder = Path(settings.LOG_DIR)
-    if settings.CHECKPOINT:
-        return Path(settings.CHECKPOINT)
-    there = [p for p in (folder / 'final.pth', folder / 'latest.pth') if p.exists()]
-    return max(there, key=lambda p: p.stat().st_mtime, default=folder / 'final.pth')
+def read_stages(text: str) -> tuple[int, ...]:
+    """Read the numbers of --stages; none for ''."""
+    try:
+        stages = tuple(dict.fromkeys(int(part) for part in text.split(',') if part))
+    except ValueError:
+        stages = (0,)
+    if stages and min(stages) < 1:
+        raise ValueError(f'--stages {text}: whole numbers of at least 1 with commas '
+                         'between are expected, as in 1,2,3')
+    return stages
 
 
-def load_network(path: Path, given: dict) -> tuple[network.Segmenter, list[str], dict]:
-    """Build the network of a checkpoint, with its weights.
+def load_networks(paths: list[Path], stages: tuple[int, ...], given: dict
+                  ) -> tuple[list[network.Segmenter], list[Variant], list[str]]:
+    """Build the networks of checkpoints, with their weights.
+
+    The settings are then those that all have in common, and otherwise the first one's.
 
     Args:
-        path: of the checkpoint.
+        paths: of the checkpoints.
+        stages: numbers of EM iterations to try; none is the one in settings.
         given: values of this command line, which win over those of training's.
 
     Returns:
-        (net, lines, content): the network in evaluation mode, lines for the log, and
-        the rest of the checkpoint.
+        (nets, variants, lines): the networks in evaluation mode, what each of them
+        gives, and lines for the log.
 
     Raises:
         ValueError, FileNotFoundError: in a sentence; a network is never scored with
         weights that are not the checkpoint's.
     """
-    content = checkpoint.load(path)
-    trained = {name: value for name, value in content['run'].get('given', {}).items()
-               if name not in NOT_TAKEN_OVER and hasattr(settings, name)}
-    kept = {name: getattr(settings, name) for name in NOT_TAKEN_OVER}
-    runtime.apply({**trained, **kept, **given})  # training's recipe may set them too
-    lines = [f'{name} = {runtime.show_value(value)} as in training'
-             for name, value in trained.items() if name not in given]
-    lines += checkpoint.adopt_architecture(content['settings'])
-    facts = dataset.get_facts()
-    n_classes = checkpoint.n_classes_of(content['net'])
-    if n_classes and n_classes != len(facts['classes']):
-        raise ValueError(f'{path} predicts {n_classes} classes, but the data set '
-                         f'{settings.DATASET} has {len(facts["classes"])}: give the '
-                         'DATASET that it was trained on')
-    net = network.build(len(facts['classes']), is_eval=True)
-    checkpoint.load_net(net, content['net'], path)
-    return net, lines, content
+    stems = [path.stem for path in paths]
+    if len(set(stems)) < len(stems):  # as of several runs
+        stems = [f'{path.resolve().parent.name}_{path.stem}' for path in paths]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f'CHECKPOINT={settings.CHECKPOINT}: the results are named '
+                         'after the files and their folders, so these must differ')
+    nets, variants, lines, first = [], [], [], {}
+    before = runtime.snapshot()
+    for path, stem in zip(paths, stems, strict=True):
+        for name, value in before.items():
+            setattr(settings, name, value)
+        content = checkpoint.load(path)
+        lines += checkpoint.take_over(content, given)
+        facts = dataset.get_facts()
+        first = first or runtime.snapshot()
+        n_classes = checkpoint.n_classes_of(content['net'])
+        if n_classes and n_classes != len(facts['classes']):
+            raise ValueError(f'{path} predicts {n_classes} classes, but the data set '
+                             f'{settings.DATASET} has {len(facts["classes"])}: give '
+                             'the DATASET that it was trained on')
+        if settings.DATASET != first['DATASET']:
+            raise ValueError(f'{path} was trained on {settings.DATASET}, {paths[0]} on '
+                             f'{first["DATASET"]}: evaluate them by themselves')
+        net = network.build(len(facts['classes']), is_eval=True)
+        checkpoint.load_net(net, content['net'], path)
+        if stages:
+            net.set_stages(stages)
+        nets.append(net)
+        usual = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
+        for t in stages or (usual,):
+            name = stem + f'_T{t}' * bool(stages or settings.EVAL_STAGE_NUM)
+            variants.append(Variant(name, path, content['step'], t, runtime.snapshot()))
+    for name, value in first.items():
+        setattr(settings, name, value)
+    return nets, variants, lines
 
 
-class Sheet:
-    """Collects input, truth and prediction of the first n pictures as one image."""
+def name_mode() -> str:
+    """Return how the images are seen, as a part of a file's name; '' is plainly."""
+    window = 'x'.join(map(str, runtime.eval_options()['window']))
+    parts = [f'stride{settings.EVAL_STRIDE}' * bool(settings.EVAL_STRIDE),
+             settings.EVAL_MODE * (settings.EVAL_MODE != 'single'),
+             'flip' * settings.EVAL_FLIP, f'window{window}' * any(settings.EVAL_WINDOW),
+             f'first{settings.EVAL_IMAGES}' * bool(settings.EVAL_IMAGES)]
+    return ''.join(f'_{part}' for part in parts if part)
 
-    def __init__(self, n: int, palette: list[int]):
-        self.n, self.palette, self.rows = n, palette, []
 
-    def see(self, name, image, label, prediction) -> None:
-        """Take a picture in: image (3, h, w) uint8, label and prediction (h, w)."""
-        if len(self.rows) < self.n:
-            white = torch.full((label.shape[0], 3, 3), 255, dtype=torch.uint8)
-            self.rows.append(torch.cat([
-                image.permute(1, 2, 0), white, dataset.colour(label, self.palette),
-                white, dataset.colour(prediction, self.palette)], 1))
+# -- the test server -------------------------------------------------------------------
 
-    def save(self, path: Path, gap: int = 9) -> None:
-        """Write the rows, two beside each other, on white."""
-        h = max(row.shape[0] for row in self.rows) + gap
-        w = max(row.shape[1] for row in self.rows) + 2 * gap
-        n_down = -(-len(self.rows) // 2)
-        sheet = torch.full((n_down * h, min(len(self.rows), 2) * w, 3), 255,
-                           dtype=torch.uint8)
-        for i, row in enumerate(self.rows):
-            top, left = i // 2 * h, i % 2 * w
-            sheet[top:top + row.shape[0], left:left + row.shape[1]] = row
-        Image.fromarray(sheet[:-gap, :-2 * gap].numpy()).save(path)
+class Submission:
+    """Writes predictions as a test server wants them: PNGs in an archive.
+
+    Args:
+        folder: the list that is predicted.
+        facts: of the data set, see DATASETS in recipes.py.
+        where: folder for the PNGs; the archive is put beside it.
+
+    Raises:
+        ValueError: where the data set has no server that is known here.
+    """
+
+    def __init__(self, folder: dataset.Folder, facts: dict, where: Path):
+        self.kind, self.pattern = facts['server']
+        if not self.kind:
+            raise ValueError(f'--submit: no test server is known for DATASET='
+                             f'{settings.DATASET}; voc and cityscapes have one')
+        self.folder, self.where = folder, where
+        self.palette = facts['palette'] if not facts['map'] else None
+        back = {label: value for value, label in facts['map'].items()}
+        self.table = np.array([back.get(i, i) for i in range(256)], np.uint8)
+        self.n_classes, self.pool = len(facts['classes']), ThreadPoolExecutor(2)
+        self.jobs = []
+
+    def place(self, index: int) -> str:
+        """Return the name of an image's result in the archive."""
+        return self.pattern.replace('{}', self.folder.ids[index].rpartition('/')[2])
+
+    def see(self, index: int, predictions: torch.Tensor, _) -> None:
+        """Write the prediction (1, h, w) of an image, while others are computed."""
+        values = self.table[predictions[0].cpu().numpy()]
+        self.jobs.append(self.pool.submit(self.write, index, values))
+
+    def write(self, index: int, values: np.ndarray) -> None:
+        """Write one PNG."""
+        file = self.where / self.place(index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(values)
+        if self.palette:
+            picture.putpalette(self.palette)
+        picture.save(file)
+
+    def finish(self) -> None:
+        """Wait until all PNGs of this process are written."""
+        for job in self.jobs:
+            job.result()
+        self.pool.shutdown()
+
+    def pack(self, n_images: int) -> Path:
+        """Put the PNGs into the archive, check it and return its path."""
+        path = self.where.with_name(f'{self.where.name}.{self.kind}')
+        temporary = path.with_name(path.name + '.tmp')
+        names = [self.place(index) for index in range(n_images)]
+        if self.kind == 'tar':
+            with tarfile.open(temporary, 'w') as archive:
+                for name in names:
+                    archive.add(self.where / name, name)
+        else:
+            with zipfile.ZipFile(temporary, 'w') as archive:
+                for name in names:
+                    archive.write(self.where / name, name)
+        self.check(temporary, names)
+        os.replace(temporary, path)
+        return path
+
+    def check(self, path: Path, names: list[str]) -> None:
+        """Read the archive as the server would: every name, size and value.
+
+        Raises:
+            RuntimeError: for a file that the server would refuse.
+        """
+        values = self.table[:self.n_classes]
+        if self.kind == 'tar':
+            with tarfile.open(path) as archive:
+                found = {m.name: archive.extractfile(m).read() for m in archive}
+        else:
+            with zipfile.ZipFile(path) as archive:
+                found = {name: archive.read(name) for name in archive.namelist()}
+        if sorted(found) != sorted(set(names)) or len(set(names)) < len(names):
+            raise RuntimeError(f'{path} has {len(found)} results for {len(names)} '
+                               'images')
+        for index, name in enumerate(names):
+            with (Image.open(io.BytesIO(found[name])) as result,
+                  Image.open(self.folder.images[index]) as image):
+                if result.size != image.size or result.mode not in ('P', 'L') or (
+                        not np.isin(np.unique(np.asarray(result)), values).all()):
+                    raise RuntimeError(f'{name} in {path} has another size, mode or '
+                                       'value than the server wants')
+
+
+# -- what is written -------------------------------------------------------------------
+
+def write_scores(out: Path, name: str, variant: Variant, scores: dict,
+                 counts: torch.Tensor, matrix: torch.Tensor, folder: dataset.Folder,
+                 facts: dict, run: dict) -> None:
+    """Write the scores of a variant as JSON, tables and a picture.
+
+    Args:
+        out: folder.
+        name: of the files.
+        variant: what was scored.
+        scores: of metric.score, with the interval.
+        counts: (n, 3, classes), as of metric.Tally.
+        matrix: (classes, classes).
+        folder: the list.
+        facts: of the data set.
+        run: what else is to stand in the JSON.
+    """
+    result = {'checkpoint': str(variant.path), 'step': variant.step,
+              'stages': variant.stages, 'n_images': len(counts), **scores,
+              'classes': facts['classes'], 'confusion': matrix.tolist(), **run,
+              'settings': variant.settings}
+    runtime.write_text(out / f'{name}.json', runtime.as_json(result, 1) + '\n')
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator='\n')
+    rows.writerow(['class', 'IoU', 'accuracy', 'true_pixels', 'predicted_pixels'])
+    rows.writerows(zip(facts['classes'], *(map(show_number, scores[key]) for key in
+                                           ('IoU', 'acc')),
+                       matrix.sum(1).tolist(), matrix.sum(0).tolist(), strict=True))
+    runtime.write_text(out / f'{name}.csv', text.getvalue())
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator='\n')
+    rows.writerow(['image', 'mIoU', 'accuracy'])
+    hit, truth, _ = counts.double().sum(2).unbind(1)
+    rows.writerows(zip(folder.ids, *(map(show_number, values.tolist()) for values in
+                                     (metric.image_scores(counts), hit / truth)),
+                       strict=False))  # there may be more ids than were evaluated
+    runtime.write_text(out / f'{name}_images.csv', text.getvalue())
+    drawing.confusion_figure(matrix.numpy(), facts['classes'], f'{name}, mIoU '
+                             f'{100 * scores["mIoU"]:.2f}').savefig(
+        out / f'{name}_confusion.png')
+
+
+def show_number(value: float) -> str:
+    """Return a number for a table; nothing where there is none."""
+    return f'{value:.6f}' if math.isfinite(value) else ''
+
+
+def draw_images(predictor: inference.Predictor, folder: dataset.Folder,
+                chosen: list[int], counts: torch.Tensor, facts: dict) -> Image.Image:
+    """Draw input, truth, prediction and errors of some images, of the first variant."""
+    mious, rows = metric.image_scores(counts), []
+    for index in tqdm(chosen, 'drawing', unit='image', leave=False, disable=None):
+        _, image, label = dataset.EvalSet(folder)[index]
+        found = predictor.predict_labels([image])[0][0].byte().cpu()
+        rows.append(drawing.worst_row(
+            image.permute(1, 2, 0).numpy(), label.numpy(), found.numpy(),
+            f'{folder.ids[index]}, mIoU {100 * mious[index]:.1f}', facts['classes'],
+            facts['palette']))
+    return drawing.sheet(rows)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluate, print, and write JSON and pictures into LOG_DIR/eval."""
+    """Evaluate, print, and write tables and pictures into LOG_DIR/eval."""
     status = runtime.launch()
     if status is not None:
         return status
-    path = find_checkpoint()
-    net, lines, content = load_network(path, args.given)
-    facts = dataset.get_facts()
-    folder = dataset.open_split('val')
+    paths = checkpoint.find_checkpoints()
+    nets, variants, lines = load_networks(paths, read_stages(args.stages), args.given)
+    options, facts = runtime.eval_options(), dataset.get_facts()
+    folder = dataset.open_split('val', needs_masks=not args.submit)
+    n_images, n_classes = dataset.n_to_evaluate(folder), len(facts['classes'])
+    mode = f'{settings.DATASET}_{folder.split.replace("/", "_")}'
+    out = Path(settings.LOG_DIR) / 'eval'
+    if args.average and args.stages:
+        raise ValueError('--average and --stages: only one of the two is expected')
+    if args.average:
+        variants = [variants[0]._replace(name=f'mean_of_{len(variants)}')]
+    if args.submit and len(variants) > 1:
+        raise ValueError(f'--submit: one result is expected, not {len(variants)}; take '
+                         'one checkpoint and T, or --average')
+    names = [f'{mode}_{variant.name}{name_mode()}' for variant in variants]
+    submission = (Submission(folder, facts, out / f'{names[0]}_submit')
+                  if args.submit else None)
+
     device = runtime.pick_device()
     team = runtime.Team(device)
     precision = runtime.pick_precision(device)
-    inference.fold(net, precision).to(device)
-    if settings.CHANNELS_LAST:
-        net.to(memory_format=torch.channels_last)
-    run = torch.compile(net, dynamic=True) if settings.COMPILE else net
-    stages = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
-    lines.append(f'{path}, step {content["step"]}, on {len(folder)} images of list '
-                 f'{folder.split} in {folder.root}, stride {net.stride}, T = {stages}, '
-                 f'{precision}, {team.world} ranks')
+    predictor = inference.Predictor(nets, device, precision, is_averaged=args.average,
+                                    **options)
     if team.is_first:
-        print('\n'.join(lines))
+        print(*lines, sep='\n', end='\n' * bool(lines))
+        for variant in variants:
+            print(f'{variant.name}: {variant.path}, step {variant.step}, stride '
+                  f'{nets[0].stride}, T = {variant.stages}')
+        print(f'{n_images} of {len(folder)} images of list {folder.split} in '
+              f'{folder.root}; scales {runtime.show_value(options["scales"])}'
+              f'{", mirrored too" * settings.EVAL_FLIP}; {precision}, {team.world} '
+              'ranks')
 
-    n_classes, sheet = len(facts['classes']), Sheet(args.pictures, facts['palette'])
+    # Predict and count; the first batch, in which the kernels are chosen, is timed too.
+    bar = tqdm(total=n_images, desc='evaluation', unit='image',
+               disable=None if team.is_first else True)
+
+    def see(index, predictions, label):
+        if submission:
+            submission.see(index, predictions, label)
+        bar.update(min(team.world, n_images - bar.n))
+
     began = time.perf_counter()
-    with runtime.autocast(device, precision):
-        matrix = metric.evaluate(
-            lambda image: inference.predict_logits(run, image, net),
-            tqdm(dataset.eval_loader(folder, team.rank, team.world), 'evaluation',
-                 unit='image', disable=None if team.is_first else True),
-            n_classes, sheet.see)
-    team.add(matrix)
-    team.leave()
+    try:
+        tally = metric.evaluate(
+            predictor.predict_labels,
+            dataset.eval_loader(folder, n_images, device.type, team.rank, team.world),
+            metric.Tally(len(variants), n_images, n_classes, device), see)
+        matrices, counts = (team.add(tensor).cpu() for tensor in
+                            (tally.matrices, tally.counts))
+    except RuntimeError as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f'the memory of {device} does not hold the images ('
+            f'{str(error).splitlines()[0]}): lower EVAL_BATCH, set EVAL_WINDOW=513 or '
+            'PRECISION=bf16') from error
+    bar.close()
+    seconds = time.perf_counter() - began
+    if submission:
+        submission.finish()
+    team.leave()  # when all have written
     if not team.is_first:
         return 0
-    seconds = time.perf_counter() - began
-    scores = metric.score(matrix)
-    print(metric.table(scores, facts['classes']))
-    print(f'{len(folder) / seconds:.2f} images/s')
-
-    out = Path(settings.LOG_DIR) / 'eval'
     out.mkdir(parents=True, exist_ok=True)
-    name = f'{settings.DATASET}_{folder.split}_{path.stem}'
-    if settings.EVAL_STRIDE:
-        name += f'_stride{settings.EVAL_STRIDE}'
-    if settings.EVAL_STAGE_NUM:
-        name += f'_T{settings.EVAL_STAGE_NUM}'
-    result = {'checkpoint': str(path), 'step': content['step'], 'n_images': len(folder),
-              **scores, 'classes': facts['classes'], 'confusion': matrix.tolist(),
-              'images_per_s': len(folder) / seconds, 'precision': precision,
-              'settings': runtime.snapshot(),
-              'environment': runtime.describe_environment(device)}
-    runtime.write_text(out / f'{name}.json', runtime.as_json(result, 1) + '\n')
-    print(f'scores: {out / name}.json')
-    if sheet.rows:
-        sheet.save(out / f'{name}.png')
-        print(f'pictures: {out / name}.png')
+    if submission:
+        print(f"the server's file, checked: {submission.pack(n_images)}")
+    print(f'{n_images / seconds:.2f} images/s')
+    if not matrices.sum():
+        print('the list has no labelled pixel, so there is nothing to score')
+        return 0
+
+    # Score, print and write.
+    scored = []
+    for i, matrix in enumerate(matrices):
+        low, high = metric.bootstrap(counts[:, i], seed=settings.SEED)
+        scored.append({**metric.score(matrix), 'mIoU_low': low, 'mIoU_high': high})
+    print(metric.table(scored[0], facts['classes']) if len(scored) == 1 else
+          metric.compare(scored, [variant.name for variant in variants],
+                         facts['classes']))
+    run = {'images_per_s': n_images / seconds, 'precision': precision,
+           'scales': options['scales'],
+           'averaged': list(map(str, paths)) if args.average else [],
+           'environment': runtime.describe_environment(device)}
+    for i, (name, variant, scores) in enumerate(zip(names, variants, scored,
+                                                    strict=True)):
+        write_scores(out, name, variant, scores, counts[:, i], matrices[i], folder,
+                     facts, run)
+        print(f'scores: {out / name}.json, .csv, _images.csv, _confusion.png')
+    worst = metric.image_scores(counts[:, 0]).nan_to_num(2).argsort().tolist()
+    for kind, chosen in (('', list(range(n_images))[:args.pictures]),
+                         ('_worst', worst[:args.worst])):
+        if chosen:
+            draw_images(predictor, folder, chosen, counts[:, 0], facts).save(
+                out / f'{names[0]}{kind}.png')
+            print(f'pictures: {out / names[0]}{kind}.png')
     return 0
 
 

@@ -1,12 +1,22 @@
-"""Class probabilities of one image: predict first, score or draw second.
+"""Class probabilities of images: whole or by windows, at several scales, mirrored.
 
-    from inference import predict
-    mask = predict(net, image).argmax(0)    # net: a Segmenter in evaluation mode
+    from inference import Predictor
+    predictor = Predictor([net], device)    # net: a Segmenter in evaluation mode
+    mask = predictor.predict([image])[0].argmax(1)[0]
+
+Predict first, score or draw second: eval.py, predict.py and the test server's files all
+use what is here.
 """
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def fold(net: nn.Module, precision: str = 'fp32') -> nn.Module:
@@ -37,7 +47,7 @@ def fold(net: nn.Module, precision: str = 'fp32') -> nn.Module:
     if precision != 'fp32':
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
-                module.to(torch.bfloat16 if precision == 'bf16' else torch.float16)
+                module.to(DTYPES[precision])
     return net
 
 
@@ -46,36 +56,278 @@ def padded_size(size: int, stride: int) -> int:
 
     With such sizes and aligned corners a feature lies on every stride-th pixel exactly.
     """
-    return -(-(size - 1) // stride) * stride + 1
+    return (size + stride - 2) // stride * stride + 1  # ONNX rounds -1 // 2 to 0
 
 
 @torch.inference_mode()
-def predict_logits(net: nn.Module, image: Tensor, raw: nn.Module | None = None
-                   ) -> Tensor:
-    """Return the logits of one image at its own size (FACTS: single scale).
+def predict_logits(net: nn.Module, image: Tensor) -> Tensor:
+    """Return the logits of one image at its own size, plainly (FACTS: single scale).
 
     The image is padded right and bottom with the mean, which is 0 after normalising, to
-    a multiple of the output stride plus 1; the padding is cut off again.
+    a multiple of the output stride plus 1; the padding is cut off again. A Predictor
+    gives the same, faster, and more.
 
     Args:
-        net: a Segmenter in evaluation mode, compiled perhaps.
+        net: a Segmenter in evaluation mode.
         image: (3, h, w) uint8, on any device.
-        raw: the Segmenter itself where `net` is wrapped.
 
     Returns:
         (classes, h, w) float32 on the network's device.
     """
-    raw = raw or net
     h, w = image.shape[1:]
-    x = raw.normalise(image[None].to(raw.mean.device, non_blocking=True))
-    x = F.pad(x, (0, padded_size(w, raw.stride) - w, 0, padded_size(h, raw.stride) - h))
+    x = net.normalise(image[None].to(net.mean.device))
+    x = F.pad(x, (0, padded_size(w, net.stride) - w, 0, padded_size(h, net.stride) - h))
     return net(x)[0, :, :h, :w]
 
 
-def predict(net: nn.Module, image: Tensor, raw: nn.Module | None = None) -> Tensor:
-    """Return the class probabilities of one image: see predict_logits.
+def places(size: int, window: int, step: float) -> list[int]:
+    """Return where windows begin so that they cover a side, the last one at its end.
 
-    Returns:
-        (classes, h, w) float32, sums to 1 over the classes.
+    Args:
+        size: pixels of the side.
+        window: pixels of a window; 0, or no less than `size`, is one for all.
+        step: share of the window from one to the next, at most; they stand evenly.
     """
-    return predict_logits(net, image, raw).softmax(0)
+    if not 0 < window < size:
+        return [0]
+    n = -(-(size - window) // max(int(window * step), 1)) + 1
+    return [round(i * (size - window) / (n - 1)) for i in range(n)]
+
+
+def cut_windows(size: tuple[int, int], window: tuple[int, int], step: float
+                ) -> list[tuple[slice, slice]]:
+    """Return the windows (rows, columns) that cover an image of a size: see places."""
+    sides = []
+    for n, side in zip(size, window, strict=True):
+        side_or_all = side if 0 < side < n else n
+        sides.append([slice(start, start + side_or_all)
+                      for start in places(n, side, step)])
+    return [(rows, columns) for rows in sides[0] for columns in sides[1]]
+
+
+class Predictor:
+    """Predicts the classes of images with one network or several.
+
+    An image is seen at every scale, as it is and mirrored if wanted, whole or by
+    windows. Of each such view the padding, right and bottom with the mean (FACTS:
+    single scale), is cut off again; the probabilities are averaged over windows and
+    mirror images at the view's size, then over scales at the image's own.
+
+    Every result has a first dimension v, the variants: the networks one after another,
+    and of each the numbers of iterations, if its unit was given several.
+
+    Args:
+        nets: Segmenters in evaluation mode; they are folded, so cannot be trained on.
+        device: where to compute.
+        precision: fp32, bf16 or fp16.
+        scales: of the image's sides.
+        use_flip: see every view mirrored too, left to right.
+        window: (h, w) in pixels of sliding windows over the scaled image; 0 is all.
+        step: share of a window's side from one window to the next, at most.
+        batch: views of like size that are computed together, at most.
+        channels_last: memory order of the convolutions' tensors.
+        is_compiled: by torch.compile.
+        is_averaged: give the mean over all variants as the only one.
+    """
+
+    def __init__(self, nets: Sequence[nn.Module], device: torch.device | str = 'cpu',
+                 precision: str = 'fp32', scales: Sequence[float] = (1.0,),
+                 use_flip: bool = False, window: tuple[int, int] = (0, 0),
+                 step: float = 2 / 3, batch: int = 1, channels_last: bool = True,
+                 is_compiled: bool = False, is_averaged: bool = False):
+        self.nets = [fold(net, precision).to(device) for net in nets]
+        if channels_last:
+            for net in self.nets:
+                net.to(memory_format=torch.channels_last)
+        self.runs = [torch.compile(net, dynamic=True) if is_compiled else net
+                     for net in self.nets]
+        self.device, self.precision = torch.device(device), precision
+        self.scales, self.use_flip = tuple(scales), use_flip
+        self.window, self.step, self.batch = window, step, batch
+        self.is_averaged = is_averaged
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context that computes in the predictor's precision."""
+        if self.precision == 'fp32':
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def predict(self, images: list[Tensor]) -> list[Tensor]:
+        """Return the class probabilities of images at their own sizes.
+
+        Args:
+            images: (3, h, w) uint8 each, on any device.
+
+        Returns:
+            For each image (v, classes, h, w) float32, sums to 1 over the classes.
+        """
+        with torch.inference_mode(), self.autocast():
+            found = [self.look(net, run, images)
+                     for net, run in zip(self.nets, self.runs, strict=True)]
+            return [self.average(torch.cat(variants))
+                    for variants in zip(*found, strict=True)]
+
+    def predict_labels(self, images: list[Tensor]) -> list[Tensor]:
+        """Return the most probable classes of images at their own sizes.
+
+        Args:
+            images: (3, h, w) uint8 each, on any device.
+
+        Returns:
+            For each image (v, h, w) int64, on the predictor's device.
+        """
+        is_plain = self.scales == (1.0,) and not self.use_flip and not (
+            self.is_averaged or any(self.window))
+        if not is_plain:
+            return [found.argmax(1) for found in self.predict(images)]
+        with torch.inference_mode(), self.autocast():  # logits will do
+            found = [self.score(net, run, [net.normalise(self.fetch(image)[None])
+                                           for image in images])
+                     for net, run in zip(self.nets, self.runs, strict=True)]
+            return [torch.cat([one.argmax(1) for one in variants])
+                    for variants in zip(*found, strict=True)]
+
+    def predict_blocks(self, image: Tensor, n_pixels: int, margin: int
+                       ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Predict an image that is too large for the memory, a block at a time.
+
+        Args:
+            image: (3, h, w) uint8.
+            n_pixels: of a block, its margins included, at most (but no side of a block
+                is less than four margins).
+            margin: pixels around a block that are predicted with it and not returned;
+                it is rounded up to the stride, and blocks begin at multiples of it, so
+                that at scale 1 the features lie where they lie in the whole image.
+
+        Yields:
+            (rows, columns, probabilities): a place of the image, each pixel of it in
+            one block only, and (v, classes, rows, columns). An image of no more than
+            n_pixels is one block.
+        """
+        h, w = image.shape[1:]
+        if h * w <= n_pixels:
+            yield slice(0, h), slice(0, w), self.predict([image])[0]
+            return
+        stride = max(net.stride for net in self.nets)
+        margin = -(-margin // stride) * stride
+        least = 4 * margin
+        width = min(w, max(int(n_pixels ** 0.5), n_pixels // h, least))
+        height = min(h, max(n_pixels // width, least))
+        edges = [cut_blocks(h, height, margin, stride),
+                 cut_blocks(w, width, margin, stride)]
+        for top, bottom in edges[0]:
+            for left, right in edges[1]:
+                y, x = max(top - margin, 0), max(left - margin, 0)
+                part = image[:, y:bottom + margin, x:right + margin]
+                found = self.predict([part])[0]
+                yield (slice(top, bottom), slice(left, right),
+                       found[..., top - y:bottom - y, left - x:right - x])
+
+    # -- one network -------------------------------------------------------------------
+
+    def fetch(self, image: Tensor) -> Tensor:
+        """Bring an image to the device."""
+        return image.to(self.device, non_blocking=True)
+
+    def look(self, net: nn.Module, run: nn.Module, images: list[Tensor]
+             ) -> list[Tensor]:
+        """Return (v, classes, h, w) probabilities of images by one network."""
+        whole = [net.normalise(self.fetch(image)[None]) for image in images]
+        plans = [list(Counter(scaled_size(image.shape[1:], scale)
+                              for scale in self.scales).items())
+                 for image in images]  # (size, times) each: small images repeat one
+        means, n_seen = [None] * len(images), [0] * len(images)
+        for turn in range(max(map(len, plans))):
+            todo = [i for i, plan in enumerate(plans) if turn < len(plan)]
+            found = self.look_once(net, run, [resize(whole[i], plans[i][turn][0])
+                                              for i in todo])
+            for i, new in zip(todo, found, strict=True):
+                new = resize(new, images[i].shape[1:])
+                n = plans[i][turn][1]
+                n_seen[i] += n
+                # this running mean is exact where all are equal
+                means[i] = new if turn == 0 else means[i].lerp_(new, n / n_seen[i])
+        return means
+
+    def look_once(self, net: nn.Module, run: nn.Module, views: list[Tensor]
+                  ) -> list[Tensor]:
+        """Return the probabilities of views (1, 3, h, w) at their size, of windows and
+        mirror images averaged."""
+        windows = [cut_windows(view.shape[2:], self.window, self.step)
+                   for view in views]
+        parts = [view[:, :, rows, columns] for view, cuts in
+                 zip(views, windows, strict=True) for rows, columns in cuts]
+        if self.use_flip:
+            parts += [part.flip(3) for part in parts]
+        found = [part.softmax(1) for part in self.score(net, run, parts)]
+        if self.use_flip:
+            half = len(found) // 2
+            found = [(a + b.flip(3)) / 2
+                     for a, b in zip(found[:half], found[half:], strict=True)]
+        found, results = iter(found), []
+        for view, cuts in zip(views, windows, strict=True):
+            if len(cuts) == 1:
+                results.append(next(found))
+                continue
+            some = [next(found) for _ in cuts]
+            total = some[0].new_zeros(*some[0].shape[:2], *view.shape[2:])
+            counts = total.new_zeros(view.shape[2:])
+            for (rows, columns), part in zip(cuts, some, strict=True):
+                total[:, :, rows, columns] += part
+                counts[rows, columns] += 1
+            results.append(total.div_(counts))
+        return results
+
+    def score(self, net: nn.Module, run: nn.Module, views: list[Tensor]
+              ) -> list[Tensor]:
+        """Return the logits (v, classes, h, w) of normalised views (1, 3, h, w).
+
+        Views that are padded to the same size are computed together: each is what it
+        would be alone, because EM sees the padding.
+        """
+        groups = {}
+        for i, view in enumerate(views):
+            size = tuple(padded_size(n, net.stride) for n in view.shape[2:])
+            groups.setdefault(size, []).append(i)
+        results: list[Tensor] = [None] * len(views)
+        for (height, width), members in groups.items():
+            for first in range(0, len(members), self.batch):
+                chosen = members[first:first + self.batch]
+                batch = torch.cat([
+                    F.pad(views[i], (0, width - views[i].shape[3],
+                                     0, height - views[i].shape[2])) for i in chosen])
+                logits = run(batch).unflatten(0, (-1, len(chosen)))
+                for j, i in enumerate(chosen):
+                    h, w = views[i].shape[2:]
+                    results[i] = logits[:, j, :, :h, :w]           # (v, classes, h, w)
+        return results
+
+    def average(self, found: Tensor) -> Tensor:
+        """Return (v, classes, h, w), or its mean over v where that is wanted."""
+        if not self.is_averaged:
+            return found
+        mean = found[0]
+        for i, other in enumerate(found[1:], 2):
+            mean = mean.lerp(other, 1 / i)  # exact where all are equal
+        return mean[None]
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Interpolate (b, c, h, w) linearly to a size, pixel centres at halves as in
+    training; of its own size it stays itself."""
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode='bilinear')
+
+
+def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """Return the sides of a scaled image, at least 1 pixel each."""
+    return tuple(max(round(n * scale), 1) for n in size)
+
+
+def cut_blocks(size: int, block: int, margin: int, stride: int
+               ) -> list[tuple[int, int]]:
+    """Return (first, last + 1) of the parts of a side, each at most `block` with its
+    margins, of about equal size, and beginning at multiples of the stride."""
+    most = (block - 2 * margin) // stride * stride
+    n = 1 if block >= size else -(-size // most)
+    step = -(-size // n // stride) * stride
+    return [(first, min(first + step, size)) for first in range(0, size, step)]

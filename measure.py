@@ -269,25 +269,24 @@ def measure_memory(batch: int, device: torch.device, n_classes: int) -> dict:
 
 
 def measure_evaluation(rounds: int, device: torch.device, n_classes: int) -> dict:
-    """Measure predicting and scoring one picture; with CHECKPOINT also how far our
-    precisions agree on pictures of the validation list."""
+    """Measure predicting and scoring one picture, also as a share of the device's speed
+    in matrix products; with CHECKPOINT how far our precisions agree on the list."""
     draw = torch.Generator().manual_seed(0)
     image = smooth_picture(draw)
     label = torch.randint(n_classes, EVAL_SIZE, dtype=torch.uint8, generator=draw)
     plain = make_eval_net(n_classes, image)
     best = runtime.pick_precision(device)
-    nets = {}
-    for precision in dict.fromkeys([best, 'fp32']):
-        net = inference.fold(copy.deepcopy(plain), precision).to(device)
-        memory_format = (torch.channels_last if settings.CHANNELS_LAST else
-                         torch.contiguous_format)
-        nets[precision] = net.to(memory_format=memory_format)
+    options = runtime.eval_options()
+    predictors = {precision: inference.Predictor([copy.deepcopy(plain)], device,
+                                                 precision, **options)
+                  for precision in dict.fromkeys([best, 'fp32'])}
     plain.to(device)
 
     def ours(precision):
-        with runtime.autocast(device, precision):
-            found = inference.predict_logits(nets[precision], image).argmax(0).cpu()
-        return metric.confusion(found, label, n_classes)
+        tally = metric.Tally(1, 1, n_classes, device)
+        batch = [(0,), (image,), (label,)]
+        return metric.evaluate(predictors[precision].predict_labels, [batch], tally
+                               ).matrices.cpu()
 
     def theirs():
         h, w = EVAL_SIZE
@@ -299,12 +298,21 @@ def measure_evaluation(rounds: int, device: torch.device, n_classes: int) -> dic
         return np.bincount(label.numpy().ravel() * n_classes + y.ravel(),
                            minlength=n_classes ** 2)
 
-    sides = {f'ours {p}': (lambda p=p: ours(p)) for p in nets}
+    sides = {f'ours {p}': (lambda p=p: ours(p)) for p in predictors}
     result = report('evaluation', alternate({**sides, 'reference manner': theirs},
                                             rounds, device), 1)
+    operations = 2 * sum(count_operations(copy.deepcopy(plain), EVAL_SIZE[0]))
+    for precision in predictors if settings.EVAL_MODE == 'single' else ():
+        peak, side = measure_peak(device, precision), result[f'ours {precision}']
+        side['peak_flops'] = peak
+        side['share_of_peak'] = operations * side['images_per_s'] / peak
+        achieved = operations * side['images_per_s'] / 1e12
+        print(f'{"":12}{precision} reaches {achieved:.3f} TFLOP/s, '
+              f'{side["share_of_peak"]:.0%} of the {peak / 1e12:.3f} of a product of '
+              'two 4096x4096 matrices')
     if settings.CHECKPOINT:
-        result['agreement'] = measure_agreement(nets, device)
-        print(f'{"":12}{" and ".join(nets)} name the same class at '
+        result['agreement'] = measure_agreement(predictors)
+        print(f'{"":12}{" and ".join(predictors)} name the same class at '
               f'{result["agreement"]:.2%} of the pixels')
     return result
 
@@ -322,17 +330,32 @@ def make_eval_net(n_classes: int, image: Tensor) -> network.Segmenter:
     return net
 
 
-def measure_agreement(nets: dict[str, nn.Module], device: torch.device) -> float:
+def measure_agreement(predictors: dict[str, inference.Predictor]) -> float:
     """Return the share of pixels that all precisions name alike, on 20 pictures."""
     folder, same = dataset.open_split('val'), []
     for index in range(0, len(folder), -(-len(folder) // 20)):
         image = torch.from_numpy(folder.read_image(index).copy()).permute(2, 0, 1)
-        found = []
-        for precision, net in nets.items():
-            with runtime.autocast(device, precision):
-                found.append(inference.predict_logits(net, image).argmax(0))
+        found = [predictor.predict_labels([image])[0]
+                 for predictor in predictors.values()]
         same += [(found[0] == other).float().mean().item() for other in found[1:]]
     return statistics.mean(same) if same else 1.0
+
+
+def measure_peak(device: torch.device, precision: str, side: int = 4096) -> float:
+    """Return the FLOP/s of a product of two square matrices, the best of several.
+
+    It is computed as a product and as a 1x1 convolution, for which a CPU has another
+    library, and which may be the faster one.
+    """
+    dtype = inference.DTYPES.get(precision, torch.float32)
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    image, weight = a.view(1, side, -1, 64), b[:, :, None, None]
+    image, weight = (x.contiguous(memory_format=torch.channels_last)
+                     for x in (image, weight))
+    with torch.no_grad():
+        seconds = alternate({'product': lambda: a @ b,
+                             'convolution': lambda: F.conv2d(image, weight)}, 5, device)
+    return 2 * side ** 3 / min(min(runs) for runs in seconds.values())
 
 
 def smooth_picture(draw: torch.Generator) -> Tensor:

@@ -6,9 +6,12 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MEANS = ('pAcc', 'mAcc', 'fwIoU', 'mIoU')
 
 
 class PixelLoss(nn.Module):
@@ -92,8 +95,15 @@ def confusion(prediction: Tensor, label: Tensor, n_classes: int) -> Tensor:
     valid = (label >= 0) & (label < n_classes)
     # pixels that do not count fall into one more bin, which is cut off
     index = torch.where(valid, label * n_classes + prediction, n_classes ** 2)
-    counts = torch.bincount(index, minlength=n_classes ** 2 + 1)[:-1]
-    return counts.view(n_classes, n_classes)
+    return count(index, n_classes ** 2 + 1)[:-1].view(n_classes, n_classes)
+
+
+def count(index: Tensor, n: int) -> Tensor:
+    """Return how often each of 0 .. n - 1 is in an int64 tensor: (n,) int64."""
+    if index.device.type == 'cpu':
+        return torch.bincount(index, minlength=n)
+    # elsewhere bincount waits for the device
+    return index.new_zeros(n).scatter_add_(0, index, torch.ones_like(index))
 
 
 def score(matrix: Tensor) -> dict[str, float | list[float]]:
@@ -119,26 +129,97 @@ def score(matrix: Tensor) -> dict[str, float | list[float]]:
             'IoU': iou.tolist(), 'acc': acc.tolist()}
 
 
-def evaluate(predict: Callable[[Tensor], Tensor], samples: Iterable,
-             n_classes: int, see: Callable | None = None) -> Tensor:
-    """Predict every picture of a split and sum the confusion matrices.
+class Tally:
+    """The confusion matrices of a split, and what each image adds to its scores.
+
+    Nothing here waits for the device.
 
     Args:
-        predict: image (3, h, w) uint8 -> (classes, h, w) probabilities or logits.
-        samples: triples (image, label (h, w) uint8, name).
-        n_classes: side of the matrix.
-        see: called with (name, image, label, prediction) of every picture.
+        n_variants: that are scored side by side, as networks.
+        n_images: of the split.
+        n_classes: side of the matrices.
+        device: where to count.
+    """
+
+    def __init__(self, n_variants: int, n_images: int, n_classes: int,
+                 device: torch.device | str = 'cpu'):
+        self.matrices = torch.zeros(n_variants, n_classes, n_classes,
+                                    dtype=torch.int64, device=device)
+        # pixels of each class: rightly predicted, in the truth, in the prediction
+        self.counts = torch.zeros(n_images, n_variants, 3, n_classes,
+                                  dtype=torch.int64, device=device)
+
+    def add(self, index: int, predictions: Tensor, label: Tensor) -> None:
+        """Count an image: its place in the split, (v, h, w) and (h, w) of it."""
+        for variant, prediction in enumerate(predictions):
+            matrix = confusion(prediction, label, len(self.matrices[0]))
+            self.matrices[variant] += matrix
+            self.counts[index, variant] = torch.stack(
+                [matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
+
+
+def image_scores(counts: Tensor) -> Tensor:
+    """Return the mIoU of each image, over the classes of its truth and prediction.
+
+    Args:
+        counts: (n, 3, classes) pixels of one variant, as of Tally.
 
     Returns:
-        (n_classes, n_classes) int64 on the CPU, rows are truth.
+        (n,) float64 in 0..1, NaN where an image has no labelled pixel.
     """
-    total = torch.zeros(n_classes, n_classes, dtype=torch.int64)
-    for image, label, name in samples:
-        prediction = predict(image).argmax(0).cpu()                # (h, w)
-        total += confusion(prediction, label, n_classes)
-        if see is not None:
-            see(name, image, label, prediction)
-    return total
+    hit, truth, found = counts.double().unbind(1)
+    return (hit / (truth + found - hit)).nanmean(1)
+
+
+def bootstrap(counts: Tensor, n_draws: int = 1000, seed: int = 0, share: float = 0.95
+              ) -> tuple[float, float]:
+    """Return the confidence interval of the mIoU over images.
+
+    The split is drawn anew with replacement, as many images as it has, and scored: how
+    much the mIoU would vary with the pictures, the network being the same.
+
+    Args:
+        counts: (n, 3, classes) pixels of one variant, as of Tally.
+        n_draws: of splits.
+        seed: of the draws.
+        share: of the draws inside the interval.
+
+    Returns:
+        (low, high) in 0..1, by percentiles.
+    """
+    n = len(counts)
+    draw = np.random.default_rng(seed)
+    times = draw.multinomial(n, np.full(n, 1 / n), n_draws)        # (draws, n)
+    sums = times.astype(float) @ counts.flatten(1).cpu().double().numpy()
+    hit, truth, found = sums.reshape(n_draws, 3, -1).transpose(1, 0, 2)
+    with np.errstate(invalid='ignore'):
+        mious = np.nanmean(hit / (truth + found - hit), axis=1)
+    rest = 50 * (1 - share)
+    return tuple(np.nanpercentile(mious, [rest, 100 - rest]).tolist())
+
+
+def evaluate(predict_labels: Callable[[list[Tensor]], list[Tensor]], batches: Iterable,
+             tally: Tally, see: Callable | None = None) -> Tally:
+    """Predict every image of a split and count.
+
+    Args:
+        predict_labels: images (3, h, w) uint8 -> (v, h, w) classes of each.
+        batches: of dataset.eval_loader: (indices, images, labels (h, w) uint8).
+        tally: is added to.
+        see: called with (index, predictions, label) of every image, on the device.
+
+    Returns:
+        The tally.
+    """
+    device = tally.matrices.device
+    for indices, images, labels in batches:
+        found = predict_labels(images)
+        for index, predictions, label in zip(indices, found, labels, strict=True):
+            label = label.to(device, non_blocking=True)
+            tally.add(index, predictions, label)
+            if see is not None:
+                see(index, predictions, label)
+    return tally
 
 
 def table(scores: dict, classes: Sequence[str]) -> str:
@@ -148,6 +229,24 @@ def table(scores: dict, classes: Sequence[str]) -> str:
     rows += [f'{name:{width}} {100 * iou:6.2f} {100 * acc:6.2f}'
              for name, iou, acc in zip(classes, scores['IoU'], scores['acc'],
                                        strict=True)]
-    rows += [f'{name:{width}} {100 * scores[name]:6.2f}'
-             for name in ('pAcc', 'mAcc', 'fwIoU', 'mIoU')]
+    rows += [f'{name:{width}} {100 * scores[name]:6.2f}' for name in MEANS]
+    if 'mIoU_low' in scores:
+        rows[-1] += (f'   {100 * scores["mIoU_low"]:.2f} .. '
+                     f'{100 * scores["mIoU_high"]:.2f} in 95 % of 1,000 bootstrap '
+                     'draws of the images')
     return '\n'.join(rows)
+
+
+def compare(scored: Sequence[dict], names: Sequence[str], classes: Sequence[str]
+            ) -> str:
+    """Return the IoU of several variants as text, a column each, in percent."""
+    width = max(len(name) for name in (*classes, 'mIoU_high'))
+    widths = [max(len(name), 6) + 2 for name in names]
+    rows = [('IoU', names)]
+    rows += [(label, [f'{100 * scores["IoU"][i]:.2f}' for scores in scored])
+             for i, label in enumerate(classes)]
+    rows += [(label, [f'{100 * scores[label]:.2f}' for scores in scored])
+             for label in (*MEANS, 'mIoU_low', 'mIoU_high')]
+    return '\n'.join(f'{label:{width}}' + ''.join(
+        f'{cell:>{n}}' for cell, n in zip(cells, widths, strict=True))
+        for label, cells in rows)

@@ -27,8 +27,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def in_full_precision(device_type: str) -> contextlib.AbstractContextManager:
-    """Switch autocast off, where the device has it."""
-    if torch.amp.is_autocast_available(device_type):
+    """Switch autocast off, where it is on; an exported program has no such step."""
+    if (torch.amp.is_autocast_available(device_type)
+            and torch.is_autocast_enabled(device_type)):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -45,7 +46,8 @@ class EMAU(nn.Module):
         channels: of the input and of the output, C.
         bases: K.
         stages: T while training, at least 1.
-        eval_stages: T at evaluation; 0 is `stages`.
+        eval_stages: T at evaluation; 0 is `stages`. Several, as (1, 3, 8), give an
+            output for each of them, one after another along the batch.
         scale: lambda of eq. 12. Infinity in the limit makes A_E one-hot (K-means).
         kernel: of eq. 11. 'exp_dot' exp(lambda a.b), the paper's; 'dot' max(a.b, 0);
             'euclidean' exp(-lambda |a - b|^2), the softmax of the negative squared
@@ -71,11 +73,11 @@ class EMAU(nn.Module):
     """
 
     def __init__(self, channels: int, bases: int = 64, stages: int = 3,
-                 eval_stages: int = 0, scale: float = 1.0, kernel: str = 'exp_dot',
-                 norm: str = 'l2', update: str = 'moving_average',
-                 gradient: str = 'none', momentum: float = 0.9, renorm: bool = False,
-                 conv1: str = 'auto', bn_momentum: float = 0.1,
-                 auto_update: bool = True):
+                 eval_stages: int | tuple[int, ...] = 0, scale: float = 1.0,
+                 kernel: str = 'exp_dot', norm: str = 'l2',
+                 update: str = 'moving_average', gradient: str = 'none',
+                 momentum: float = 0.9, renorm: bool = False, conv1: str = 'auto',
+                 bn_momentum: float = 0.1, auto_update: bool = True):
         super().__init__()
         for name, value, choices in (
                 ('kernel', kernel, ('exp_dot', 'dot', 'euclidean')),
@@ -86,7 +88,8 @@ class EMAU(nn.Module):
             if value not in choices:
                 raise ValueError(f'EMAU: {name}={value!r} is none of '
                                  f'{", ".join(choices)}')
-        if stages < 1 or eval_stages < 0 or bases < 1:
+        several = eval_stages if isinstance(eval_stages, tuple) else (eval_stages or 1,)
+        if stages < 1 or bases < 1 or min(several, default=0) < 1:
             raise ValueError(f'EMAU: {bases} bases, {stages} stages and {eval_stages} '
                              'at evaluation: bases and stages must be at least 1, '
                              'evaluation stages 0 (the same) or more')
@@ -101,6 +104,7 @@ class EMAU(nn.Module):
         if kernel == 'dot' and scale != 1:
             raise ValueError(f'EMAU: lambda={scale} has no effect on the dot kernel, '
                              'it cancels in the normalisation: leave it at 1')
+        self.channels = channels
         self.stages, self.eval_stages = stages, eval_stages or stages
         self.scale, self.kernel, self.norm = scale, kernel, norm
         self.update, self.gradient, self.momentum = update, gradient, momentum
@@ -121,13 +125,17 @@ class EMAU(nn.Module):
             self.mu = nn.Parameter(mu)                             # (1, c, k)
         else:
             self.register_buffer('mu', mu)
-        # What eq. 15 averages: the sum of mu^(T) over images, and their number.
+        # What eq. 15 averages: the sum of mu^(T) over images, and their number. And the
+        # share of the pixels that each basis is responsible for: summed likewise, and
+        # as it was in the last batch.
         self.register_buffer('mu_sum', torch.zeros(1, channels, bases), False)
         self.register_buffer('n_images', torch.zeros(1), False)
+        self.register_buffer('usage_sum', torch.zeros(bases), False)
+        self.register_buffer('usage', torch.full((bases,), 1 / bases), False)
 
     def _apply(self, fn, *args, **kwargs):
         """Cast and move as any module does, but keep the bases at least float32."""
-        names = ('mu', 'mu_sum', 'n_images')
+        names = ('mu', 'mu_sum', 'n_images', 'usage_sum', 'usage')
         exact = [getattr(self, name).detach().clone() for name in names]
         super()._apply(fn, *args, **kwargs)
         for name, tensor in zip(names, exact, strict=True):
@@ -145,7 +153,8 @@ class EMAU(nn.Module):
         if self.norm == 'l2':
             return mu / (EPS + mu.norm(dim=1, keepdim=True))
         if self.norm == 'layer_norm':
-            return F.layer_norm(mu.transpose(1, 2), mu.shape[1:2]).transpose(1, 2)
+            # not mu.shape[1], which ONNX does not know beforehand
+            return F.layer_norm(mu.transpose(1, 2), (self.channels,)).transpose(1, 2)
         return mu
 
     def expect(self, x: Tensor, mu: Tensor) -> Tensor:
@@ -191,26 +200,27 @@ class EMAU(nn.Module):
         """
         return z @ mu.transpose(1, 2)
 
-    def iterate(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def iterate(self, x: Tensor, stages: int) -> tuple[list[Tensor], list[Tensor]]:
         """Run T times A_E and A_M, each image from the kept bases.
 
         Args:
             x: (b, n, c) features.
+            stages: T.
 
         Returns:
-            (mu, zs): the last bases (b, c, k), and the responsibilities (b, n, k) of
-            each iteration.
+            (mus, zs): the bases (b, c, k) and the responsibilities (b, n, k) of each
+            iteration.
         """
-        stages = self.stages if self.training else self.eval_stages
-        mu = self.mu.expand(len(x), -1, -1)                        # (b, c, k)
-        zs = []
+        mu = self.mu.expand(x.shape[0], -1, -1)                    # (b, c, k)
+        mus, zs = [], []
         for t in range(1, stages + 1):
             is_kept = self.gradient == 'full' or self.gradient == 'last' and t == stages
             with torch.set_grad_enabled(torch.is_grad_enabled() and is_kept):
                 z = self.expect(x, mu)                             # (b, n, k)
                 mu = self.maximise(x, z)                           # (b, c, k)
+            mus.append(mu)
             zs.append(z)
-        return mu, zs
+        return mus, zs
 
     def forward(self, x: Tensor, return_z: bool = False
                 ) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -226,6 +236,8 @@ class EMAU(nn.Module):
             reading order: z.unflatten(1, (h, w)) is a map.
         """
         identity, size = x, x.shape[2:]
+        stages = self.stages if self.training else self.eval_stages
+        wanted = stages if isinstance(stages, tuple) else (stages,)
         has_grad = torch.is_grad_enabled() and self.gradient != 'none'
         with torch.set_grad_enabled(has_grad):
             if self.conv1 is not None:
@@ -233,13 +245,18 @@ class EMAU(nn.Module):
             x = x.flatten(2).transpose(1, 2)                       # (b, n, c)
             with in_full_precision(x.device.type):
                 x = at_least_float32(x)
-                mu, zs = self.iterate(x)
-                y = self.reconstruct(zs[-1], mu)                   # (b, n, c)
-        if self.training and self.update == 'moving_average':
-            self.mu_sum += mu.detach().sum(0, keepdim=True)
-            self.n_images += len(mu)
+                mus, zs = self.iterate(x, max(wanted))
+                y = torch.cat([self.reconstruct(zs[t - 1], mus[t - 1])
+                               for t in wanted])                   # (b, n, c)
+        if self.training:
+            if self.update == 'moving_average':
+                self.mu_sum += mus[-1].detach().sum(0, keepdim=True)
+            self.usage_sum += zs[-1].detach().mean(1).sum(0)
+            self.n_images += len(x)
             if self.auto_update:
                 self.update_bases()
+        if len(wanted) > 1:
+            identity = identity.repeat(len(wanted), 1, 1, 1)
         y = y.to(identity.dtype).transpose(1, 2).unflatten(2, size)  # (b, c, h, w)
         y = F.relu(self.conv2(F.relu(y)).add_(identity))
         return (y, zs) if return_z else y
@@ -249,23 +266,26 @@ class EMAU(nn.Module):
         """Move the kept bases towards the mean of mu^(T), eq. 15.
 
         The mean is over all images since the last call, of all ranks where
-        torch.distributed runs; so every rank ends with the same bases.
+        torch.distributed runs; so every rank ends with the same bases. Where they are
+        not moved by averaging only `usage` is brought up to date.
 
         Args:
             is_sound: where this is False the bases stay as they were.
         """
-        if self.update != 'moving_average':
-            return
-        total = torch.cat([self.mu_sum.flatten(), self.n_images])
+        total = torch.cat([self.mu_sum.flatten(), self.usage_sum, self.n_images])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
-        mean = total[:-1].view_as(self.mu) / total[-1]             # (1, c, k)
-        if self.renorm:
-            mean = self.normalise(mean)
-        mu = self.momentum * self.mu + (1 - self.momentum) * mean
-        self.mu.copy_(torch.where((total[-1] > 0) & is_sound, mu, self.mu))
-        self.mu_sum.zero_()
-        self.n_images.zero_()
+        is_sound = (total[-1] > 0) & is_sound
+        mean, usage = (total[:-1] / total[-1]).split([self.mu.numel(), len(self.usage)])
+        self.usage.copy_(torch.where(is_sound, usage, self.usage))
+        if self.update == 'moving_average':
+            mean = mean.view_as(self.mu)                           # (1, c, k)
+            if self.renorm:
+                mean = self.normalise(mean)
+            mu = self.momentum * self.mu + (1 - self.momentum) * mean
+            self.mu.copy_(torch.where(is_sound, mu, self.mu))
+        for tensor in (self.mu_sum, self.usage_sum, self.n_images):
+            tensor.zero_()
 
 
 class FCNHead(nn.Module):
@@ -323,6 +343,13 @@ class EMAHead(nn.Module):
         """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
         x = self.emau(self.fc0(feats[-1]))
         return self.fc2(self.dropout(self.fc1(x)))
+
+    def responsibilities(self, feats: list[Tensor]) -> Tensor:
+        """Four features of the backbone -> z of each iteration (t, b, k, h/os, w/os).
+        """
+        x = self.fc0(feats[-1])
+        zs = torch.stack(self.emau(x, return_z=True)[1])           # (t, b, n, k)
+        return zs.transpose(2, 3).unflatten(3, x.shape[2:])
 
     def update_bases(self, is_sound: Tensor | bool = True) -> None:
         """Move the unit's bases after a whole batch: see EMAU.update_bases."""
@@ -400,6 +427,17 @@ class Segmenter(nn.Module):
             aux_logits = enlarge(self.aux(feats), images.shape[2:])
             losses = losses + self.aux_weight * self.loss(aux_logits, labels)
         return losses, small
+
+    def set_stages(self, stages: tuple[int, ...]) -> None:
+        """Evaluate with several numbers of EM iterations at once: see EMAU.
+
+        Raises:
+            ValueError: where the head has no EM attention unit.
+        """
+        if not hasattr(self.head, 'emau'):
+            raise ValueError('the head of this network does no EM iterations, so their '
+                             'number cannot be set: leave --stages out')
+        self.head.emau.eval_stages = stages
 
     def update_bases(self, is_sound: Tensor | bool = True) -> None:
         """Update what the head keeps besides weights, after a whole batch."""

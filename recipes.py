@@ -78,9 +78,11 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 # list lie below `root`, the default folder; of several kinds of masks the first that is
 # there is taken. `map` says what values of a mask mean (255: ignored), the others are
 # classes. `train` and `val` are the default lists, `counts` the official lengths.
+# `server` is the kind of archive that its test server wants, and the name in it of the
+# result of {}, the last part of an entry; it wants the values of `map` back.
 LAYOUT = {'images': 'JPEGImages/{}.jpg', 'masks': ('SegmentationClass/{}.png',),
           'palette': voc_palette(), 'map': {}, 'train': 'train', 'val': 'val',
-          'counts': {}}
+          'counts': {}, 'server': ('', '')}
 DATASETS = {
     'voc': {
         **LAYOUT, 'classes': VOC, 'root': 'data/VOCdevkit/VOC2012',
@@ -88,6 +90,7 @@ DATASETS = {
         'train': 'trainaug',
         'counts': {'train': 1464, 'val': 1449, 'trainval': 2913, 'trainaug': 10582,
                    'test': 1456},
+        'server': ('tar', 'results/VOC2012/Segmentation/comp6_test_cls/{}.png'),
         'get': 'run `python prepare.py voc --download`, or give it the archives that '
                'you have',
     },
@@ -126,6 +129,7 @@ DATASETS = {
             (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230),
             (119, 11, 32)),
         'counts': {'train': 2975, 'val': 500, 'test': 1525},
+        'server': ('zip', '{}_predicted.png'),
         'get': 'run `python prepare.py cityscapes --help`',
     },
     'coco_voc': {

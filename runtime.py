@@ -24,6 +24,7 @@ import recipes
 import settings
 
 HERE = Path(__file__).resolve().parent
+ROOMS = ('preparation', 'prediction')  # folders of what only one script needs
 EXIT_USER = 2       # a sentence was printed: change something, then try again
 EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from it
 EXIT_CTRL_C = 130
@@ -31,7 +32,8 @@ EXIT_CTRL_C = 130
 FREE = ('RECIPE', 'RESUME', 'LOG_DIR', 'DATA_ROOT', 'CACHE', 'MODEL_DIR', 'DEVICE',
         'RANKS', 'CHANNELS_LAST', 'COMPILE', 'RECOMPUTE', 'N_WORKERS', 'LOG_EVERY',
         'IMAGE_EVERY', 'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT', 'VAL_SPLIT',
-        'EVAL_STRIDE', 'EVAL_STAGE_NUM')
+        'EVAL_STRIDE', 'EVAL_STAGE_NUM', 'EVAL_MODE', 'EVAL_SCALES', 'EVAL_SCALES_WIDE',
+        'EVAL_FLIP', 'EVAL_WINDOW', 'EVAL_STEP', 'EVAL_BATCH', 'EVAL_IMAGES')
 
 
 # -- settings --------------------------------------------------------------------------
@@ -125,6 +127,34 @@ def known(name: str, names: Any, what: str) -> str:
     raise ValueError(f'there is no {what} {name}: {hint}')
 
 
+def eval_options() -> dict[str, Any]:
+    """Return how settings want images to be seen, as arguments of a Predictor.
+
+    Raises:
+        ValueError: in a sentence.
+    """
+    mode, window, step = settings.EVAL_MODE, settings.EVAL_WINDOW, settings.EVAL_STEP
+    modes = {'single': (1.0,), 'multi': settings.EVAL_SCALES,
+             'wide': settings.EVAL_SCALES_WIDE}
+    if mode not in modes:
+        raise ValueError(f'EVAL_MODE={mode} is none of {", ".join(modes)}')
+    if min(modes[mode]) <= 0 or max(modes[mode]) > 16:
+        raise ValueError(f'EVAL_SCALES={show_value(modes[mode])}: numbers above 0, and '
+                         'at most 16, are expected')
+    if len(window) > 2 or min(window) < 0:
+        raise ValueError(f'EVAL_WINDOW={show_value(window)}: one side or height,width '
+                         'in pixels is expected, as in 513, or 0 for the whole image')
+    if not 0 < step <= 1:
+        raise ValueError(f'EVAL_STEP={step}: a share of the window above 0, and at '
+                         'most 1, is expected')
+    if settings.EVAL_BATCH < 1 or settings.EVAL_IMAGES < 0:
+        raise ValueError(f'EVAL_BATCH={settings.EVAL_BATCH} and EVAL_IMAGES='
+                         f'{settings.EVAL_IMAGES}: at least 1 and 0 are expected')
+    return {'scales': modes[mode], 'use_flip': settings.EVAL_FLIP,
+            'window': (window * 2)[:2], 'step': step, 'batch': settings.EVAL_BATCH,
+            'channels_last': settings.CHANNELS_LAST, 'is_compiled': settings.COMPILE}
+
+
 def rewrite_settings(text: str, values: dict[str, Any]) -> str:
     """Put values into the text of a settings.py; lines that stay equal stay verbatim.
 
@@ -151,8 +181,8 @@ def settings_text() -> str:
 
 # -- command line and errors -----------------------------------------------------------
 
-def read_command_line(doc: str, add_options: Callable | None = None
-                      ) -> argparse.Namespace:
+def read_command_line(doc: str, add_options: Callable | None = None,
+                      others: str = '') -> argparse.Namespace:
     """Read options and NAME=VALUE words, and apply the words to settings.
 
     Called before torch is imported, so that --help answers at once. Exits with status
@@ -161,13 +191,15 @@ def read_command_line(doc: str, add_options: Callable | None = None
     Args:
         doc: the script's docstring.
         add_options: called with the parser, adds what is special to the script.
+        others: what words that do not begin with NAME= are, as 'PICTURE'; '' is that
+            the script takes none.
 
     Returns:
-        The options; `given` holds the values of the words.
+        The options; `given` holds the values of the words, `others` the other words.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage='%(prog)s [options] [NAME=VALUE ...]',
+        usage=f'%(prog)s [options] {f"{others} ... " * bool(others)}[NAME=VALUE ...]',
         epilog='settings and their defaults:\n' + ''.join(
             f'  {line}\n' for line in (HERE / 'settings.py').read_text().splitlines()
             if re.match(r'[A-Z]|# --', line)) + '\nrecipes:\n' + ''.join(
@@ -178,8 +210,10 @@ def read_command_line(doc: str, add_options: Callable | None = None
     parser.add_argument('words', nargs='*', metavar='NAME=VALUE',
                         help='override a setting of settings.py')
     args = parser.parse_intermixed_args()
+    args.others = [word for word in args.words
+                   if others and not re.match('[A-Z][A-Z0-9_]*=', word)]
     try:
-        args.given = override(args.words)
+        args.given = override([word for word in args.words if word not in args.others])
     except ValueError as error:
         sys.exit(fail(str(error)))
     return args
@@ -221,6 +255,13 @@ def is_lost(error: Exception) -> bool:
             and any(sign in str(error) for sign in signs))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether torch found no memory, on the device or on the host."""
+    import torch
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "can't allocate memory" in str(error))
+
+
 def explain(error: Exception) -> str | None:
     """Return the sentence of an error that our own code raised on purpose, else None.
 
@@ -236,7 +277,8 @@ def explain(error: Exception) -> str | None:
     else:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         file, code, sentence = frame.filename, frame.line or '', str(error)
-    is_ours = Path(file).resolve().parent in (HERE, HERE / 'preparation')
+    folder = Path(file).resolve().parent
+    is_ours = folder == HERE or folder.parent == HERE and folder.name in ROOMS
     return sentence if is_ours and code.startswith('raise ') else None
 
 
@@ -582,8 +624,19 @@ class Log:
         """Write a row of numbers to log.jsonl; `train/loss` and such to TensorBoard."""
         self.rows.write(as_json(values) + '\n')
         for name, value in values.items():
-            if name not in ('kind', 'step'):
+            if name not in ('kind', 'step') and not isinstance(value, list):
                 self.board.add_scalar(f'{values["kind"]}/{name}', value, values['step'])
+
+
+    def describe(self, values: dict[str, Any], text: str) -> None:
+        """Put the settings into TensorBoard: as text, and as its hyper-parameters."""
+        from tensorboardX.summary import hparams
+        self.board.add_text('settings', f'```\n{text}\n```')
+        shown = {name: value if isinstance(value, (bool, int, float, str)) else
+                 show_value(value) for name, value in values.items()}
+        metrics = dict.fromkeys(('validation/mIoU', 'train/loss'), 0.0)
+        for summary in hparams(shown, metrics)[:2]:  # the third says that it ended
+            self.board.file_writer.add_summary(summary)
 
 
 class Silence:

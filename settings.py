@@ -80,10 +80,20 @@ RECOMPUTE = False           # the backbone's blocks for the backward pass: less 
 N_WORKERS = 4               # loader processes; 0 loads in the main one
 CACHE = ''                  # file to pack the training pictures into; '' is off
 
+# -- the evaluation (see EVAL_STRIDE, EVAL_STAGE_NUM and VAL_SPLIT too)
+EVAL_MODE = 'single'        # single scale, multi (EVAL_SCALES) or wide (the other list)
+EVAL_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi, averaged
+EVAL_SCALES_WIDE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # of wide
+EVAL_FLIP = False           # see every image mirrored too, averaged
+EVAL_WINDOW = (0,)          # pixels of sliding windows: height,width or one; 0: whole
+EVAL_STEP = 0.67            # of a window's side, from one window to the next at most
+EVAL_BATCH = 4              # images of like size, or windows, computed together
+EVAL_EVERY = 0              # steps between evaluations while training; 0 is off
+EVAL_IMAGES = 0             # evaluate the first N images of the list; 0 is all
+CHECKPOINT = ''             # file, or several with commas; '' is the last in LOG_DIR
+
 # -- the log and the checkpoints
 LOG_EVERY = 10              # steps between log lines
 IMAGE_EVERY = 500           # steps between pictures in TensorBoard; 0 is off
-EVAL_EVERY = 0              # steps between evaluations while training; 0 is off
 ITER_SAVE = 2000            # steps between step_N.pth; latest.pth 10 times as often
 KEEP = 2                    # step_N.pth that are kept
-CHECKPOINT = ''             # eval.py: the file; '' is the last one in LOG_DIR

@@ -106,6 +106,7 @@ class Session:
         # took, where the weights came from, the command line (for eval.py), versions.
         self.best, self.seconds, self.weights = 0.0, 0.0, ''
         self.given, self.environment = {}, {}
+        self.classes, self.palette = [], []  # names and colours, for predict.py
         # The losses since the last log line, their sum and number: a resumed run logs
         # the same means.
         self.loss_sum, self.n_losses = torch.zeros((), device=device), 0
@@ -176,7 +177,8 @@ class Session:
         run = {'n_classes': self.n_classes, 'best': self.best, 'seconds': self.seconds,
                'precision': self.precision, 'weights': self.weights,
                'loss_sum': self.loss_sum.item(), 'n_losses': self.n_losses,
-               'given': self.given, 'environment': self.environment}
+               'given': self.given, 'environment': self.environment,
+               'classes': list(self.classes), 'palette': list(self.palette)}
         content = {'net': self.raw.state_dict(), 'step': self.step,
                    'settings': runtime.snapshot(), 'run': run}
         if not is_final:
@@ -288,25 +290,32 @@ def estimate_memory(session: Session) -> float:
     return (sum(kept.values()) / (1 + is_half) + 8 * n_weights) / 1e9
 
 
-def validate(session: Session, log: runtime.Log | runtime.Silence) -> None:
+def validate(session: Session, facts: dict, log: runtime.Log | runtime.Silence) -> None:
     """Score the validation split and keep the best weights in best.pth."""
-    team = session.team
-    loader = dataset.eval_loader(dataset.open_split('val'), team.rank, team.world)
+    team, device = session.team, session.device
+    folder = dataset.open_split('val')
+    n_images = dataset.n_to_evaluate(folder)
     net = network.build(session.n_classes, is_eval=True)
     net.load_state_dict(session.raw.state_dict())
-    inference.fold(net, session.precision).to(session.device)
-    if settings.CHANNELS_LAST:
-        net.to(memory_format=torch.channels_last)
-    with runtime.autocast(session.device, session.precision):
-        matrix = metric.evaluate(
-            lambda image: inference.predict_logits(net, image),
-            tqdm(loader, 'validation', leave=False,
-                 disable=None if team.is_first else True), session.n_classes)
-    miou = metric.score(team.add(matrix))['mIoU']
-    log.line(f'step {session.step}: validation mIoU {100 * miou:.2f}')
-    log.row(kind='validation', step=session.step, mIoU=miou)
-    if miou > session.best:
-        session.best = miou
+    options = {**runtime.eval_options(), 'is_compiled': False}  # it would take longer
+    predictor = inference.Predictor([net], device, session.precision, **options)
+    bar = tqdm(total=n_images, desc='validation', leave=False, unit='image',
+               disable=None if team.is_first else True)
+    tally = metric.evaluate(
+        predictor.predict_labels,
+        dataset.eval_loader(folder, n_images, device.type, team.rank, team.world),
+        metric.Tally(1, n_images, session.n_classes, device),
+        lambda *_: bar.update(team.world))
+    bar.close()
+    scores = metric.score(team.add(tally.matrices)[0].cpu())
+    log.line(f'step {session.step}: validation mIoU {100 * scores["mIoU"]:.2f} on '
+             f'{n_images} images')
+    log.row(kind='validation', step=session.step, n_images=n_images, **scores)
+    for name, iou in zip(facts['classes'], scores['IoU'], strict=True):
+        if math.isfinite(iou):
+            log.board.add_scalar(f'validation_IoU/{name}', iou, session.step)
+    if scores['mIoU'] > session.best:
+        session.best = scores['mIoU']
         save(session, log.folder / 'best.pth', is_final=True)
 
 
@@ -325,6 +334,21 @@ def save(session: Session, path, is_final: bool = False) -> None:
                            'a fault of the code or of a device, please report it')
     if session.team.is_first:
         checkpoint.save(content, path)
+
+
+def draw_bases(session: Session, board) -> None:
+    """Put into TensorBoard how much each basis was used in the last batch.
+
+    The histogram is of the bases' shares of the pixels times K: 1 is an even share, a
+    basis near 0 is dead. `unused` counts those with less than a hundredth of it.
+    """
+    for name, module in session.raw.named_modules():
+        if isinstance(module, network.EMAU):
+            shares = (module.usage * len(module.usage)).cpu()      # (k,)
+            board.add_histogram(f'bases/{name}: share of the pixels, 1 is even',
+                                shares.numpy(), session.step, bins='auto')
+            board.add_scalar('bases/unused', int((shares < 0.01).sum()), session.step)
+            board.add_scalar('bases/largest share', shares.max().item(), session.step)
 
 
 def draw_samples(board, facts: dict, images: Tensor, labels: Tensor, logits: Tensor,
@@ -376,8 +400,7 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
         try:
             _, logits = session.train_step(images, labels)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and (
-                    "can't allocate memory" not in str(error)):
+            if not runtime.is_out_of_memory(error):
                 raise
             raise ValueError(
                 f'the memory of {session.device} does not hold a step ('
@@ -401,8 +424,9 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
             waited, logged_at, logged = 0.0, step, session.seconds
         if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0 and team.is_first:
             draw_samples(log.board, facts, images, labels, logits, step)
+            draw_bases(session, log.board)
         if is_validated:
-            validate(session, log)
+            validate(session, facts, log)
         if is_saved:
             save(session, log.folder / 'latest.pth')
             if step % settings.ITER_SAVE == 0:
@@ -465,8 +489,9 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
     check_settings(team.world)
     facts = dataset.get_facts()
     folder = dataset.open_split('train')
-    if settings.EVAL_EVERY:
-        dataset.open_split('val')  # better now than at the first validation
+    if settings.EVAL_EVERY:  # better now than at the first validation
+        dataset.open_split('val')
+        runtime.eval_options()
     lock = None  # a new folder is made, and locked, when all is found to be well
     if team.is_first and os.path.isdir(settings.LOG_DIR):
         lock = runtime.lock(settings.LOG_DIR)
@@ -515,6 +540,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
             folder.pack = dataset.Pack(folder.images + folder.labels, settings.CACHE)
         team.largest(0)  # wait for it
     session.given = given
+    session.classes, session.palette = facts['classes'], facts['palette']
     session.environment = runtime.describe_environment(device)
     if content:
         old = content['run']['environment'].get('source')
@@ -534,6 +560,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         left_over.unlink()
     runtime.write_text(log.folder / 'settings.txt', runtime.settings_text())
     log.line(runtime.settings_text(), is_shown=False)
+    log.describe(runtime.snapshot(), runtime.settings_text())
     log.line('\n'.join(f'{k}: {v}' for k, v in session.environment.items()))
     log.line(f'data: {settings.DATASET}, {len(folder)} images of list {folder.split} '
              f'in {folder.root}, masks in {folder.masks}')

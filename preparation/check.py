@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import dataset
+import drawing
 import runtime
 import settings
 
 SHOWN = 10           # findings of one kind on the console
 N_COLUMNS = 5        # lists in the table of classes
 N_WEIGHTS = 40       # classes whose weights are printed
-TILE, GAP, LINE = 320, 8, 18  # pixels of the sheet: a tile's side, a gap, a text line
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are mirrored or turned
 
 
@@ -326,54 +325,6 @@ def print_findings(findings: list[Finding]) -> None:
             print(f'{head}{len(lines)} in all, the JSON report names each')
 
 
-def draw_picture(image: np.ndarray, label: np.ndarray, title: str, facts: dict
-                 ) -> Image.Image:
-    """Draw a picture, the same with its mask over it, and the names of its classes.
-
-    Args:
-        image: (h, w, 3) uint8.
-        label: (h, w) uint8, classes and 255, which is drawn as stripes.
-        title: stands above.
-        facts: of the data set, gives names and colours.
-    """
-    scale = TILE / max(label.shape)
-    size = tuple(max(round(n * scale), 1) for n in label.shape[::-1])
-    plain = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
-    small = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
-    colours = dataset.colour(torch.tensor(small), facts['palette']).numpy()
-    over = np.asarray(plain) // 2 + colours // 2
-    rows, columns = np.indices(small.shape)
-    is_void = small == dataset.IGNORED
-    over[is_void] = np.where((rows + columns) // 3 % 2, 255, 90)[is_void][:, None]
-    is_border = np.zeros_like(is_void)
-    is_border[:, 1:] |= small[:, 1:] != small[:, :-1]
-    is_border[1:] |= small[1:] != small[:-1]
-    over[is_border] = 255
-
-    values, counts = np.unique(label, return_counts=True)
-    font, x, y = ImageFont.load_default(13), 0, LINE + size[1] + GAP // 2
-    cell = Image.new('RGB', (2 * TILE + GAP, TILE + (len(values) + 2) * LINE), 'white')
-    draw = ImageDraw.Draw(cell)
-    draw.text((0, 0), title, 'black', font)
-    cell.paste(plain, (0, LINE))
-    cell.paste(Image.fromarray(over), (size[0] + GAP, LINE))
-    for i in np.argsort(-counts):
-        value, share = int(values[i]), counts[i] / label.size
-        is_class = value != dataset.IGNORED
-        name = f'{facts["classes"][value] if is_class else "void"} {share:.1%}'
-        width = 18 + int(draw.textlength(name, font)) + 14
-        if x and x + width > cell.width:
-            x, y = 0, y + LINE
-        box = (x, y + 2, x + 12, y + 14)
-        draw.rectangle(box, tuple(facts['palette'][3 * value:3 * value + 3])
-                       if is_class else 'white', 'black')
-        if not is_class:
-            draw.line((x, y + 14, x + 12, y + 2), 'black', 3)
-        draw.text((x + 18, y), name, 'black', font)
-        x += width
-    return cell.crop((0, 0, cell.width, y + LINE + GAP))
-
-
 def draw_sheet(folder: dataset.Folder, entries: list[Entry], n: int, facts: dict
                ) -> Image.Image | None:
     """Draw n random pictures of a list, two beside each other; None if none is sound.
@@ -381,17 +332,9 @@ def draw_sheet(folder: dataset.Folder, entries: list[Entry], n: int, facts: dict
     order = np.random.default_rng(settings.SEED).permutation(len(entries))
     sound = [i for i in order if entries[i].labels and not any(
         finding.is_fault for finding in entries[i].findings)][:n]
-    cells = [draw_picture(*folder.read(i), folder.ids[i], facts) for i in sound]
-    if not cells:
-        return None
-    rows = [cells[i:i + 2] for i in range(0, len(cells), 2)]
-    tops = np.cumsum([GAP, *(max(cell.height for cell in row) for row in rows)])
-    step = cells[0].width + 2 * GAP
-    sheet = Image.new('RGB', (len(rows[0]) * step, int(tops[-1])), 'white')
-    for row, top in zip(rows, tops[:-1], strict=True):
-        for i, cell in enumerate(row):
-            sheet.paste(cell, (GAP + i * step, int(top)))
-    return sheet
+    cells = [drawing.captioned(*folder.read(i), folder.ids[i], facts['classes'],
+                               facts['palette']) for i in sound]
+    return drawing.sheet(cells) if cells else None
 
 
 def check(out: str, n_pictures: int = 12) -> bool:

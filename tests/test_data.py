@@ -131,9 +131,10 @@ def test_workers_change_nothing(voc, monkeypatch):
 def test_evaluation_samples_are_whole(voc, monkeypatch):
     folder = dataset.Folder(str(voc), 'val', dataset.DATASETS['voc'])
     monkeypatch.setattr(settings, 'N_WORKERS', 0)
-    triples = list(dataset.eval_loader(folder))
-    assert [name for _, _, name in triples] == ['pic_6', 'pic_7', 'pic_8']
-    image, label, _ = triples[1]
+    monkeypatch.setattr(settings, 'EVAL_BATCH', 1)
+    batches = list(dataset.eval_loader(folder, 3))
+    assert [indices for indices, _, _ in batches] == [(0,), (1,), (2,)]
+    (image,), (label,) = batches[1][1:]
     assert image.shape == (3, 47, 45) and label.shape == (47, 45)
     with Image.open(voc / 'SegmentationClass/pic_7.png') as mask:
         assert np.array_equal(label.numpy(), np.asarray(mask))
@@ -162,7 +163,7 @@ def test_voc_palette():
 def test_facts_are_complete():
     for name, facts in dataset.DATASETS.items():
         assert {'classes', 'palette', 'root', 'images', 'masks', 'map', 'train', 'val',
-                'counts', 'get'} == set(facts)
+                'counts', 'get', 'server'} == set(facts)
         n = len(facts['classes'])
         assert len(facts['palette']) == 768 and len(set(facts['classes'])) == n
         assert n > 1 or name == 'folder'
@@ -376,7 +377,7 @@ def test_lists_of_pairs(tmp_path):
 
 
 def test_pictures_of_other_modes(tmp_path):
-    """16 bits keep the high byte; grey and palette become three equal colours."""
+    """16 bits keep the high byte, grey becomes three equal colours, nothing white."""
     draw = np.random.default_rng(1)
     deep = draw.integers(0, 65536, (6, 9)).astype(np.uint16)
     deep[0, :4] = 0, 255, 256, 65535
@@ -384,13 +385,14 @@ def test_pictures_of_other_modes(tmp_path):
     colours = draw.integers(0, 256, (6, 9, 3)).astype(np.uint8)
     palette = Image.fromarray(grey).convert('P')
     palette.putpalette([v for i in range(256) for v in (255 - i, i, 7)])
-    alpha = np.dstack([colours, np.full((6, 9), 3, np.uint8)])
+    is_there = draw.integers(0, 2, (6, 9, 1)).astype(bool)
+    alpha = np.dstack([colours, 255 * is_there.astype(np.uint8)])
     repeat = np.dstack([grey] * 3)
     cases = {
         'deep': (Image.fromarray(deep), np.dstack([deep // 256] * 3)),
         'grey': (Image.fromarray(grey), repeat),
         'colour': (Image.fromarray(colours), colours),
-        'alpha': (Image.fromarray(alpha), colours),
+        'alpha': (Image.fromarray(alpha), np.where(is_there, colours, 255)),
         'palette': (palette, np.dstack([255 - grey, grey, np.full_like(grey, 7)])),
         'two': (Image.fromarray(grey > 99), np.dstack([255 * (grey > 99)] * 3))}
     facts = {**dataset.DATASETS['folder'], 'classes': ('a', 'b'),

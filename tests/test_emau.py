@@ -178,7 +178,8 @@ def test_reconstruct():
 def test_iterations(kernel, norm):
     unit = make_unit(kernel=kernel, norm=norm, stages=4)
     x = make_images().flatten(2).transpose(1, 2)
-    mu, zs = unit.iterate(x)
+    mus, zs = unit.iterate(x, unit.stages)
+    mu = mus[-1]
     assert len(zs) == 4
     for b in range(2):
         wanted_mu, wanted_zs = naive_iterate(x[b].numpy(), unit.mu.numpy()[0].T, kernel,

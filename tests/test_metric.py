@@ -93,23 +93,66 @@ def test_evaluate():
         label = draw.integers(0, 3, (h, w), np.uint8)
         label[0, :2] = 255
         predictions[i] = draw.random((3, h, w))
-        samples.append((image, torch.from_numpy(label), f'picture{i}'))
+        samples.append((image, torch.from_numpy(label)))
     seen = []
 
-    def predict(image):
-        return torch.from_numpy(predictions[int(image[0, 0, 0])])
+    def predict(images):  # two variants: the second one mixes classes up
+        masks = [torch.from_numpy(predictions[int(x[0, 0, 0])].argmax(0))
+                 for x in images]
+        return [torch.stack([mask, (mask + 1) % 3]) for mask in masks]
 
-    matrix = metric.evaluate(predict, samples, 3, lambda *words: seen.append(words))
+    batches = [((1,), *([x] for x in samples[1])), ((0,), *([x] for x in samples[0]))]
+    together = [((0, 1), *zip(*samples, strict=True))]
+    tally = metric.evaluate(predict, batches, metric.Tally(2, 2, 3),
+                            lambda *words: seen.append(words))
     masks = [predictions[i].argmax(0) for i in (0, 1)]
-    wanted = sum(naive_confusion(mask, sample[1].numpy(), 3)
-                 for mask, sample in zip(masks, samples, strict=True))
-    assert np.array_equal(matrix.numpy(), wanted) and matrix.dtype == torch.int64
-    assert matrix.sum() == 20 + 21 - 4
-    assert [words[0] for words in seen] == ['picture0', 'picture1']
-    for (_, image, label, mask), sample, own in zip(seen, samples, masks, strict=True):
-        assert image is sample[0] and label is sample[1]
-        assert np.array_equal(mask.numpy(), own)
-    assert torch.equal(metric.evaluate(predict, samples, 3), matrix)
+    for variant in (0, 1):
+        each = [naive_confusion((mask + variant) % 3, sample[1].numpy(), 3)
+                for mask, sample in zip(masks, samples, strict=True)]
+        matrix = tally.matrices[variant].numpy()
+        assert np.array_equal(matrix, sum(each)) and matrix.dtype == np.int64
+        assert matrix.sum() == 20 + 21 - 4
+        for i, own in enumerate(each):
+            assert np.array_equal(tally.counts[i, variant].numpy(), [
+                [own[c, c] for c in range(3)], own.sum(1), own.sum(0)])
+    assert [words[0] for words in seen] == [1, 0]
+    for i, found, label in seen:
+        assert torch.equal(label, samples[i][1])
+        assert np.array_equal(found[0].numpy(), masks[i])
+    again = metric.evaluate(predict, together, metric.Tally(2, 2, 3))
+    assert torch.equal(again.matrices, tally.matrices)
+    assert torch.equal(again.counts, tally.counts)
+
+
+def test_scores_of_images():
+    counts = torch.tensor([[[3, 0, 0], [4, 0, 1], [3, 2, 0]],   # 3/4, 0/2, 0/1
+                           [[0, 0, 0], [0, 0, 0], [0, 0, 0]],   # no label
+                           [[0, 5, 0], [0, 5, 0], [0, 5, 0]]])  # perfect
+    found = metric.image_scores(counts)
+    assert abs(found[0] - 0.25) < 1e-12 and found[1].isnan() and found[2] == 1
+
+
+def test_bootstrap_is_the_spread_over_images():
+    draw = np.random.default_rng(3)
+    truth = draw.integers(50, 100, (60, 2))
+    hit = (truth * draw.random((60, 2))).astype(int)
+    found = hit + (truth - hit)[:, ::-1]  # two classes: what one misses the other gets
+    counts = torch.from_numpy(np.stack([hit, truth, found], 1))
+    low, high = metric.bootstrap(counts, 2000, seed=1)
+
+    def miou(rows):
+        h, t, f = hit[rows].sum(0), truth[rows].sum(0), found[rows].sum(0)
+        return np.mean(h / (t + f - h))
+
+    loop = np.random.default_rng(8)
+    naive = [miou(loop.integers(0, 60, 60)) for _ in range(2000)]
+    assert low < miou(np.arange(60)) < high
+    width = np.quantile(naive, 0.975) - np.quantile(naive, 0.025)
+    assert abs(low - np.quantile(naive, 0.025)) < 0.1 * width
+    assert abs(high - np.quantile(naive, 0.975)) < 0.1 * width
+    assert metric.bootstrap(counts, 2000, seed=1) == (low, high)
+    same = metric.bootstrap(counts[:1].repeat(9, 1, 1))  # equal images do not vary
+    assert abs(same[1] - same[0]) < 1e-12
 
 
 def test_table_shows_each_class():

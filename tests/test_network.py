@@ -380,21 +380,6 @@ def test_predict_is_the_network_on_a_padded_image(stride, h, w, choose):
     found = inference.predict_logits(net, image)
     assert found.shape == (5, h, w)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-9)
-    share = inference.predict(net, image)
+    share = inference.Predictor([net]).predict([image])[0][0]
     assert torch.allclose(share.sum(0), torch.ones(h, w).double())
     assert torch.allclose(share, wanted.exp() / wanted.exp().sum(0))
-
-
-def test_predict_calls_the_wrapped_network(choose):
-    choose(**TINY)
-    net = build_small(5, is_eval=True)
-    calls = []
-
-    def wrapped(x):
-        calls.append(x.shape)
-        return net(x) + 1
-
-    image = torch.randint(0, 256, (3, 17, 20), dtype=torch.uint8)
-    found = inference.predict_logits(wrapped, image, net)
-    assert calls == [(1, 3, 17, 25)]
-    assert torch.allclose(found, inference.predict_logits(net, image) + 1)

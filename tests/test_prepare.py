@@ -907,4 +907,4 @@ def test_camvid_trains_and_evaluates(tmp_path):
     (lists / 'few.txt').write_text('\n'.join(lines[::10]))
     done = run_script('eval.py', f'LOG_DIR={tmp_path / "log"}', 'VAL_SPLIT=few')
     assert done.returncode == 0, done.stderr
-    assert 'on 11 images of list few' in done.stdout and 'sign_symbol' in done.stdout
+    assert '11 of 11 images of list few' in done.stdout and 'sign_symbol' in done.stdout

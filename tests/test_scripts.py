@@ -84,6 +84,7 @@ def test_train_and_eval(tiny, voc, tmp_path):
     assert 'tvmonitor' in done.stdout and 'mIoU' in done.stdout
     result = json.loads((log / 'eval' / 'voc_val_final.json').read_text())
     assert result['n_images'] == 3 and len(result['confusion']) == 21
+    assert result['mIoU_low'] <= result['mIoU'] <= result['mIoU_high']
     valid = sum((np.asarray(Image.open(voc / f'SegmentationClass/pic_{i}.png')) < 21
                  ).sum() for i in (6, 7, 8))
     assert np.sum(result['confusion']) == valid
@@ -262,7 +263,8 @@ def refuses(words, *parts):
     """Check that eval.py, run in this process, says one sentence with all the parts."""
     given = runtime.override(words)
     with pytest.raises(Exception) as caught:
-        eval_script.main(argparse.Namespace(given=given, pictures=0))
+        eval_script.main(argparse.Namespace(given=given, pictures=0, worst=0, stages='',
+                                            average=False, submit=False))
     sentence = runtime.explain(caught.value)
     assert sentence and '\n' not in sentence, repr(caught.value)
     for part in parts:

@@ -16,7 +16,7 @@ import settings
 
 HERE = Path(__file__).parents[1]
 SOURCES = {path.stem: path for path in sorted([*HERE.glob('*.py'),
-                                                *HERE.glob('preparation/*.py')])}
+                                                *HERE.glob('pre*/*.py')])}
 VERBS = {'prepare', 'train', 'eval', 'measure', 'predict', 'ablate'}
 MAY_IMPORT = {  # DESIGN.md, "Rooms"
     'settings': set(), 'recipes': set(), 'shapes': set(), 'metric': set(),
@@ -24,7 +24,10 @@ MAY_IMPORT = {  # DESIGN.md, "Rooms"
     'network': {'backbone', 'heads', 'metric', 'settings'},
     'masks': {'recipes'}, 'sources': {'masks', 'runtime'},
     'check': {'dataset', 'drawing', 'runtime', 'settings'},
-    **dict.fromkeys(('dataset', 'runtime', 'checkpoint'), {'settings', 'recipes'})}
+    'deploy': {'inference'}, 'pictures': {'dataset'},
+    'results': {'drawing', 'pictures'},
+    'checkpoint': {'recipes', 'runtime', 'settings'},
+    **dict.fromkeys(('dataset', 'runtime'), {'settings', 'recipes'})}
 
 
 def parse(name):
@@ -272,7 +275,7 @@ def imports_of(tree):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, 'a flat folder has no relative imports'
             first, _, second = node.module.partition('.')
-            if first == 'preparation':
+            if first in ('preparation', 'prediction'):
                 found |= {second} if second else {alias.name for alias in node.names}
             found.add(first)
     return found

@@ -278,7 +278,7 @@ def test_second_head_is_in_the_checkpoint(voc, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r'unexpected \(aux\.'):
         checkpoint.load_net(plain.raw, content['net'], path)
     checkpoint.save(plain.state(), tmp_path / 'plain.pth')
-    net, lines, _ = evaluation.load_network(path, {})
+    (net,), _, lines = evaluation.load_networks([path], (), {})
     assert any(line.startswith('AUX_WEIGHT = 0.4') for line in lines)
     for name, value in net.state_dict().items():
         assert torch.equal(value, content['net'][name]), name
