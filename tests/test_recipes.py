@@ -198,7 +198,8 @@ class Runs:
         for name, value in defaults.items():
             setattr(settings, name, value)
         runtime.apply(given)
-        options = {'pictures': 2} if verb is evaluation else {}
+        options = dict(pictures=2, worst=0, stages='', average=False, submit=False
+                       ) if verb is evaluation else {}
         try:
             status = verb.main(argparse.Namespace(given=given, **options))
         finally:
@@ -229,7 +230,7 @@ def check_run(done, name, truth):
     assert min(truth) > 0  # the made-up masks hold every class
     assert np.sum(result['confusion'], 1).tolist() == truth
     assert 0 <= result['mIoU'] <= 1 and result['settings']['DATASET'] == name
-    assert len(done['pictures']) == 1
+    assert len(done['pictures']) == 2  # of images, and of the confusion matrix
 
 
 @pytest.mark.parametrize('name', list(recipes.RECIPES))
