@@ -64,9 +64,10 @@ class Shown(NamedTuple):
     def tell(self) -> str:
         """Return words on the bases that no pixel uses."""
         unused = np.flatnonzero(self.usage == 0).tolist()
+        if not unused:
+            return f'each of the {len(self.usage)} bases is used by some pixel'
         which = ', '.join(map(str, unused[:16])) + ', ...' * (len(unused) > 16)
-        return (f'{len(unused)} of {len(self.usage)} bases are used by no pixel'
-                f'{": " * bool(unused)}{which}')
+        return f'{len(unused)} of {len(self.usage)} bases are used by no pixel: {which}'
 
 
 class Results:
