@@ -35,6 +35,7 @@ import io
 import math
 import os
 import tarfile
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -188,8 +189,12 @@ class Submission:
 
     def finish(self) -> None:
         """Wait until all PNGs of this process are written."""
-        for job in self.jobs:
-            job.result()
+        try:
+            for job in self.jobs:
+                job.result()
+        except OSError as error:
+            raise OSError(f'cannot write into {self.where} ({error}): make room or set '
+                          'another LOG_DIR') from error
         self.pool.shutdown()
 
     def pack(self, n_images: int) -> Path:
@@ -272,9 +277,12 @@ def write_scores(out: Path, name: str, variant: Variant, scores: dict,
                                      (metric.image_scores(counts), hit / truth)),
                        strict=False))  # there may be more ids than were evaluated
     runtime.write_text(out / f'{name}_images.csv', text.getvalue())
-    drawing.confusion_figure(matrix.numpy(), facts['classes'], f'{name}, mIoU '
-                             f'{100 * scores["mIoU"]:.2f}').savefig(
-        out / f'{name}_confusion.png')
+    try:
+        drawing.confusion_figure(
+            matrix.numpy(), facts['classes'], f'{name}, mIoU '
+            f'{100 * scores["mIoU"]:.2f}').savefig(out / f'{name}_confusion.png')
+    except ValueError as error:  # no matplotlib
+        print(f'note: {error}')
 
 
 def show_number(value: float) -> str:
@@ -316,6 +324,12 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f'--submit: one result is expected, not {len(variants)}; take '
                          'one checkpoint and T, or --average')
     names = [f'{mode}_{variant.name}{name_mode()}' for variant in variants]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # learn it now, not after the work
+    except OSError as error:
+        raise OSError(f'cannot write into {out} ({error}): set another LOG_DIR'
+                      ) from None
     submission = (Submission(folder, facts, out / f'{names[0]}_submit')
                   if args.submit else None)
 
@@ -365,7 +379,6 @@ def main(args: argparse.Namespace) -> int:
     team.leave()  # when all have written
     if not team.is_first:
         return 0
-    out.mkdir(parents=True, exist_ok=True)
     if submission:
         print(f"the server's file, checked: {submission.pack(n_images)}")
     print(f'{n_images / seconds:.2f} images/s')

@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")"
 
 # A python that has the packages is used, otherwise .venv is made.
-packages='import torch, torchvision, tensorboardX, tqdm, PIL, scipy, pytest
+packages='import torch, torchvision, tensorboardX, tqdm, PIL, scipy, matplotlib, pytest
 assert torch.__version__ >= "2.6"'
 python=
 for candidate in .venv/bin/python python python3; do
