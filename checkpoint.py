@@ -28,7 +28,8 @@ ARCHITECTURE = (
     'EM_UPDATE', 'EM_GRADIENT', 'EM_CONV1', 'AUX_WEIGHT')
 
 # Of this command line and machine: never taken over from training.
-NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'RANKS', 'N_WORKERS')
+NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'RANKS', 'N_WORKERS',
+                  'EVAL_IMAGES')
 
 # What training did before there was a setting for it.
 BEFORE = {'CROP_WIDTH': 0, 'INIT_FROM': '', 'LR_END': 0.0, 'DECAY_ALL': False,

@@ -25,7 +25,10 @@ files=$(find "$dir" -maxdepth 1 -type f \( -name 'latest.pth' -o -name 'step_*.p
         find "$dir/eval" -maxdepth 1 -type f \( -name '*.json' -o -name '*.png' \
             -o -name '*.csv' -o -name '*_submit.tar' -o -name '*_submit.zip' \
             -o -name '*_submit.???.tmp' \)
-        find "$dir/eval" -path '*_submit/*' -type f -name '*.png'
+        find "$dir/eval" -maxdepth 1 -type f \( -name '*.json.tmp' -o -name '*.csv.tmp' \)
+        for folder in "$dir/eval"/*_submit; do
+            if [ -d "$folder" ]; then find "$folder" -type f -name '*.png'; fi
+        done
     fi)
 if [ -z "$files" ]; then
     echo "no run has written into $dir: nothing to clean"
@@ -39,7 +42,11 @@ if [ -z "$yes" ]; then
 fi
 echo "$files" | while IFS= read -r file; do rm -f -- "$file"; done
 if [ -d "$dir/eval" ]; then  # folders that are empty now
-    find "$dir/eval" -depth -path '*_submit*' -type d -exec rmdir {} \; 2>/dev/null || true
+    for folder in "$dir/eval"/*_submit; do
+        if [ -d "$folder" ]; then
+            find "$folder" -depth -type d -exec rmdir {} \; 2>/dev/null || true
+        fi
+    done
 fi
 rmdir "$dir/eval" "$dir" 2>/dev/null || true
 echo "removed"

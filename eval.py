@@ -31,6 +31,7 @@ if __name__ == '__main__':
 
 import argparse
 import csv
+import hashlib
 import io
 import math
 import os
@@ -38,6 +39,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -55,12 +57,17 @@ import metric
 import network
 import settings
 
+COMMON = ('DATA_ROOT', 'VAL_SPLIT', 'EVAL_MODE', 'EVAL_SCALES', 'EVAL_SCALES_WIDE',
+          'EVAL_FLIP', 'EVAL_WINDOW', 'EVAL_STEP', 'EVAL_BATCH', 'EVAL_IMAGES',
+          'PRECISION', 'CHANNELS_LAST', 'COMPILE')  # to all networks of one pass
+
 
 class Variant(NamedTuple):
     """One thing that is scored: a network with a number of EM iterations."""
     name: str  # for files and tables
     path: Path
     step: int
+    stride: int
     stages: int
     settings: dict
 
@@ -97,7 +104,7 @@ def load_networks(paths: list[Path], stages: tuple[int, ...], given: dict
         weights that are not the checkpoint's.
     """
     stems = [path.stem for path in paths]
-    if len(set(stems)) < len(stems):  # as of several runs
+    if any(path.resolve().parent != Path(settings.LOG_DIR).resolve() for path in paths):
         stems = [f'{path.resolve().parent.name}_{path.stem}' for path in paths]
     if len(set(stems)) < len(stems):
         raise ValueError(f'CHECKPOINT={settings.CHECKPOINT}: the results are named '
@@ -127,18 +134,24 @@ def load_networks(paths: list[Path], stages: tuple[int, ...], given: dict
         usual = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
         for t in stages or (usual,):
             name = stem + f'_T{t}' * bool(stages or settings.EVAL_STAGE_NUM)
-            variants.append(Variant(name, path, content['step'], t, runtime.snapshot()))
+            variants.append(Variant(name, path, content['step'], net.stride, t,
+                                    runtime.snapshot()))
     for name, value in first.items():
         setattr(settings, name, value)
-    return nets, variants, lines
+    common = {name: value for name, value in first.items() if name in COMMON}
+    return nets, [variant._replace(settings={**variant.settings, **common})
+                  for variant in variants], lines
 
 
 def name_mode() -> str:
     """Return how the images are seen, as a part of a file's name; '' is plainly."""
-    window = 'x'.join(map(str, runtime.eval_options()['window']))
+    options = runtime.eval_options()
+    window = 'x'.join(map(str, options['window']))
+    scales = runtime.show_value(options['scales']).replace(',', '-')
     parts = [f'stride{settings.EVAL_STRIDE}' * bool(settings.EVAL_STRIDE),
-             settings.EVAL_MODE * (settings.EVAL_MODE != 'single'),
-             'flip' * settings.EVAL_FLIP, f'window{window}' * any(settings.EVAL_WINDOW),
+             f'{settings.EVAL_MODE}{scales}' * (settings.EVAL_MODE != 'single'),
+             'flip' * settings.EVAL_FLIP,
+             f'window{window}by{options["step"]}' * any(settings.EVAL_WINDOW),
              f'first{settings.EVAL_IMAGES}' * bool(settings.EVAL_IMAGES)]
     return ''.join(f'_{part}' for part in parts if part)
 
@@ -168,6 +181,12 @@ class Submission:
         self.table = np.array([back.get(i, i) for i in range(256)], np.uint8)
         self.n_classes, self.pool = len(facts['classes']), ThreadPoolExecutor(2)
         self.jobs = []
+        counts = Counter(self.place(index) for index in range(len(folder)))
+        twice = [name for name, n in counts.items() if n > 1]
+        if twice:
+            raise ValueError(f'--submit: {len(twice)} names are twice in the list '
+                             f'{folder.file}, the first is {twice[0]}: each image must '
+                             'stand there once')
 
     def place(self, index: int) -> str:
         """Return the name of an image's result in the archive."""
@@ -175,6 +194,8 @@ class Submission:
 
     def see(self, index: int, predictions: torch.Tensor, _) -> None:
         """Write the prediction (1, h, w) of an image, while others are computed."""
+        while self.jobs and (self.jobs[0].done() or len(self.jobs) > 32):
+            self.settle()
         values = self.table[predictions[0].cpu().numpy()]
         self.jobs.append(self.pool.submit(self.write, index, values))
 
@@ -189,13 +210,17 @@ class Submission:
 
     def finish(self) -> None:
         """Wait until all PNGs of this process are written."""
+        while self.jobs:
+            self.settle()
+        self.pool.shutdown()
+
+    def settle(self) -> None:
+        """Wait until the first PNG is written."""
         try:
-            for job in self.jobs:
-                job.result()
+            self.jobs.pop(0).result()
         except OSError as error:
             raise OSError(f'cannot write into {self.where} ({error}): make room or set '
                           'another LOG_DIR') from error
-        self.pool.shutdown()
 
     def pack(self, n_images: int) -> Path:
         """Put the PNGs into the archive, check it and return its path."""
@@ -319,7 +344,16 @@ def main(args: argparse.Namespace) -> int:
     if args.average and args.stages:
         raise ValueError('--average and --stages: only one of the two is expected')
     if args.average:
-        variants = [variants[0]._replace(name=f'mean_of_{len(variants)}')]
+        name = '+'.join(variant.name for variant in variants)
+        if len(name) > 80:
+            name = f'{len(variants)}_{hashlib.sha256(name.encode()).hexdigest()[:8]}'
+        variants = [variants[0]._replace(name=f'mean_of_{name}')]
+    if min(args.pictures, args.worst) < 0:
+        raise ValueError(f'--pictures {args.pictures}, --worst {args.worst}: 0 images '
+                         'or more are expected')
+    if args.submit and n_images < len(folder):
+        raise ValueError(f'--submit: the server wants all {len(folder)} images, but '
+                         f'EVAL_IMAGES={settings.EVAL_IMAGES}: set it to 0')
     if args.submit and len(variants) > 1:
         raise ValueError(f'--submit: one result is expected, not {len(variants)}; take '
                          'one checkpoint and T, or --average')
@@ -341,12 +375,13 @@ def main(args: argparse.Namespace) -> int:
     if team.is_first:
         print(*lines, sep='\n', end='\n' * bool(lines))
         for variant in variants:
-            print(f'{variant.name}: {variant.path}, step {variant.step}, stride '
-                  f'{nets[0].stride}, T = {variant.stages}')
+            files = ', '.join(map(str, paths)) if args.average else variant.path
+            print(f'{variant.name}: {files}, step {variant.step}, stride '
+                  f'{variant.stride}, T = {variant.stages}')
         print(f'{n_images} of {len(folder)} images of list {folder.split} in '
               f'{folder.root}; scales {runtime.show_value(options["scales"])}'
-              f'{", mirrored too" * settings.EVAL_FLIP}; {precision}, {team.world} '
-              'ranks')
+              f'{", mirrored too" * settings.EVAL_FLIP}; {precision}; processes: '
+              f'{team.world}')
 
     # Predict and count; the first batch, in which the kernels are chosen, is timed too.
     bar = tqdm(total=n_images, desc='evaluation', unit='image',
@@ -363,6 +398,7 @@ def main(args: argparse.Namespace) -> int:
             predictor.predict_labels,
             dataset.eval_loader(folder, n_images, device.type, team.rank, team.world),
             metric.Tally(len(variants), n_images, n_classes, device), see)
+        team.largest(0)  # wait here for slower ranks, NCCL has little patience
         matrices, counts = (team.add(tensor).cpu() for tensor in
                             (tally.matrices, tally.counts))
     except RuntimeError as error:

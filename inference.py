@@ -227,7 +227,7 @@ class Predictor:
 
     def fetch(self, image: Tensor) -> Tensor:
         """Bring an image to the device."""
-        return image.to(self.device, non_blocking=True)
+        return image.to(self.device, non_blocking=self.device.type == 'cuda')
 
     def look(self, net: nn.Module, run: nn.Module, images: list[Tensor]
              ) -> list[Tensor]:
@@ -255,11 +255,15 @@ class Predictor:
         mirror images averaged."""
         windows = [cut_windows(view.shape[2:], self.window, self.step)
                    for view in views]
+        if len(views) > 1 and max(map(len, windows)) > 1:  # each fills batches itself
+            return [self.look_once(net, run, [view])[0] for view in views]
         parts = [view[:, :, rows, columns] for view, cuts in
                  zip(views, windows, strict=True) for rows, columns in cuts]
         if self.use_flip:
             parts += [part.flip(3) for part in parts]
-        found = [part.softmax(1) for part in self.score(net, run, parts)]
+        found = self.score(net, run, parts)
+        for i, part in enumerate(found):  # one by one: all of them are large
+            found[i] = part.softmax(1)
         if self.use_flip:
             half = len(found) // 2
             found = [(a + b.flip(3)) / 2

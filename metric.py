@@ -215,7 +215,7 @@ def evaluate(predict_labels: Callable[[list[Tensor]], list[Tensor]], batches: It
     for indices, images, labels in batches:
         found = predict_labels(images)
         for index, predictions, label in zip(indices, found, labels, strict=True):
-            label = label.to(device, non_blocking=True)
+            label = label.to(device, non_blocking=device.type == 'cuda')
             tally.add(index, predictions, label)
             if see is not None:
                 see(index, predictions, label)

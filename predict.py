@@ -285,6 +285,10 @@ class Work:
         if 'probabilities' in picture.lacks:
             store = Store(self.results.out, as_text(picture.path), self.results.classes,
                           image.shape[:2])
+        h, w = image.shape[:2]
+        if (store or 'masks' in picture.lacks) and h * w > self.n_pixels:
+            tqdm.write(f'{picture.path}: {w}x{h} is predicted in blocks, and each sees '
+                       'only its part: raise --memory, or shrink such pictures first')
         if store or 'masks' in picture.lacks:
             mask = predict_mask(self.predictor, image, self.n_pixels, store)
         if 'masks' not in picture.lacks:
@@ -300,7 +304,7 @@ class Work:
                 f'; seen at {w}x{h}, as large as the memory allows'
                 if small is not image else ''))
             if len(self.rows) < N_ROWS:
-                self.rows.append((small, shown.maps[-1:], shown.bases))
+                self.rows.append((small, shown.maps[-1:].copy(), shown.bases))
         return mask, store, shown
 
     def settle(self, n: int) -> None:
@@ -354,7 +358,9 @@ def main(args: argparse.Namespace) -> int:
     files, failures = find_files(args.others, args.out)
     if args.export and not failures:
         return export_network(args, list(files))
-    if not files:
+    if args.labels and not args.export:
+        raise ValueError('--labels is for --export: masks are labels already')
+    if not files or args.export:
         told = [f'{failure.path}: {failure.sentence}' for failure in failures[:3]]
         raise ValueError('; '.join(told) or 'no picture is given: name files, folders '
                          "or patterns, as in `python predict.py photos 'more/*.png'`")
@@ -437,8 +443,8 @@ def main(args: argparse.Namespace) -> int:
     failures += work.failures
     if n_kept or n_others:
         print(f'{n_kept} pictures were kept as they are, --overwrite predicts them '
-              'again' + f'; {n_others} of all masks in {args.out} are of another '
-              'network or other scales' * bool(n_others))
+              'again' + f'; NOTE: {n_others} of the masks that were kept are of '
+              'another network or other scales' * bool(n_others))
     for path, sentence in failures:
         print(f'failed: {path}: {sentence}', file=sys.stderr)
     print(f'{work.n_written} written, {n_kept} kept, {len(failures)} failed, in '

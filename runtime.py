@@ -527,7 +527,7 @@ def describe_environment(device) -> dict[str, str]:
             f'{torch.get_num_threads()} threads')
     try:
         source = git('rev-parse', '--short', 'HEAD')
-        source += ', changed' if source and git('status', '--porcelain') else ''
+        source += ', changed' if source and git('status', '--porcelain', '-uno') else ''
     except OSError:  # no git on this machine
         source = ''
     return {'command': ' '.join(sys.argv), 'host': platform.node(), 'device': name,
@@ -672,5 +672,5 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file under a temporary name and rename it."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
+    temporary.write_text(text, encoding='utf-8')
     os.replace(temporary, path)

@@ -307,6 +307,7 @@ def validate(session: Session, facts: dict, log: runtime.Log | runtime.Silence) 
         metric.Tally(1, n_images, session.n_classes, device),
         lambda *_: bar.update(team.world))
     bar.close()
+    team.largest(0)  # wait here for slower ranks, NCCL has little patience
     scores = metric.score(team.add(tally.matrices)[0].cpu())
     log.line(f'step {session.step}: validation mIoU {100 * scores["mIoU"]:.2f} on '
              f'{n_images} images')
@@ -346,7 +347,7 @@ def draw_bases(session: Session, board) -> None:
         if isinstance(module, network.EMAU):
             shares = (module.usage * len(module.usage)).cpu()      # (k,)
             board.add_histogram(f'bases/{name}: share of the pixels, 1 is even',
-                                shares.numpy(), session.step, bins='auto')
+                                shares.numpy(), session.step, bins=30)
             board.add_scalar('bases/unused', int((shares < 0.01).sum()), session.step)
             board.add_scalar('bases/largest share', shares.max().item(), session.step)
 
@@ -426,7 +427,17 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
             draw_samples(log.board, facts, images, labels, logits, step)
             draw_bases(session, log.board)
         if is_validated:
-            validate(session, facts, log)
+            try:
+                validate(session, facts, log)
+            except RuntimeError as error:
+                if not runtime.is_out_of_memory(error):
+                    raise
+                save(session, log.folder / 'latest.pth')
+                raise ValueError(
+                    f'the memory of {session.device} does not hold the validation ('
+                    f'{str(error).splitlines()[0]}): lower EVAL_BATCH or set '
+                    'EVAL_WINDOW; the step is saved, the same command goes on'
+                ) from error
         if is_saved:
             save(session, log.folder / 'latest.pth')
             if step % settings.ITER_SAVE == 0:

@@ -65,9 +65,10 @@ class Shown(NamedTuple):
         """Return words on the bases that no pixel uses."""
         unused = np.flatnonzero(self.usage == 0).tolist()
         if not unused:
-            return f'each of the {len(self.usage)} bases is used by some pixel'
+            return f'each of the {len(self.usage)} bases is the largest somewhere'
         which = ', '.join(map(str, unused[:16])) + ', ...' * (len(unused) > 16)
-        return f'{len(unused)} of {len(self.usage)} bases are used by no pixel: {which}'
+        return (f'{len(unused)} of {len(self.usage)} bases are used by no pixel, as '
+                f'their largest: {which}')
 
 
 class Results:
@@ -299,13 +300,15 @@ def name_pictures(files: dict[str, str], results: Results
     choices = {path: candidates(path, base) for path, base in files.items()}
     names = {path: name for path in files for name in reversed(choices[path][:3])
              if results.owner(name) == as_text(path) and is_free(name, path)}
-    taken, failures = set(names.values()), []
+    taken, failures = {name.casefold() for name in names.values()}, []
     todo = {path: 0 for path in files if path not in names}
     while True:
         wanted = {path: choices[path][level] for path, level in todo.items()}
-        counts = Counter(wanted.values())
-        clashes = [path for path, name in wanted.items() if counts[name] > 1
-                   or name in taken or not is_free(name, path)]
+        # A.png and a.png are one file on some systems
+        counts = Counter(name.casefold() for name in wanted.values())
+        clashes = [path for path, name in wanted.items()
+                   if counts[name.casefold()] > 1 or name.casefold() in taken
+                   or not is_free(name, path)]
         if not clashes:
             break
         for path in clashes:

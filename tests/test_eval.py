@@ -125,17 +125,18 @@ def test_batches_and_ranks_change_nothing(words, tmp_path):
         evaluate(*words, *options, f'LOG_DIR={tmp_path / str(n)}')
     done = run_script('eval.py', *words, 'RANKS=2', f'LOG_DIR={tmp_path / "3"}')
     assert done.returncode == 0, done.stderr
-    found = [read_json(tmp_path / str(n), 'voc_val_a') for n in range(4)]
+    name = f'voc_val_{tmp_path.name}_a'  # the checkpoint is not of LOG_DIR
+    found = [read_json(tmp_path / str(n), name) for n in range(4)]
     for other in found[1:]:
         assert other['confusion'] == found[0]['confusion']
         assert other['mIoU_low'] == found[0]['mIoU_low']
 
 
 @pytest.mark.parametrize('options, name', [
-    (['EVAL_MODE=multi', 'EVAL_FLIP=true'], '_multi_flip'),
-    (['EVAL_WINDOW=33', 'EVAL_STEP=0.5'], '_window33x33'),
+    (['EVAL_MODE=multi', 'EVAL_FLIP=true'], '_multi0.5-0.75-1.0-1.25-1.5-1.75_flip'),
+    (['EVAL_WINDOW=33', 'EVAL_STEP=0.5'], '_window33x33by0.5'),
     (['EVAL_MODE=wide', 'EVAL_WINDOW=40,30', 'EVAL_IMAGES=2'],
-     '_wide_window40x30_first2'),
+     '_wide0.5-0.75-1.0-1.25-1.5-1.75-2.0_window40x30by0.67_first2'),
     (['EVAL_STAGE_NUM=5', 'EVAL_STRIDE=8'], '_T5_stride8')])
 def test_other_ways_to_look_have_names_of_their_own(words, options, name, tmp_path):
     evaluate(*words)
@@ -159,7 +160,8 @@ def test_several_networks_and_iterations_in_one_pass(words, tmp_path, capsys):
         for t in (1, 3):
             evaluate(*words, f'CHECKPOINT={tmp_path / stem}.pth', f'EVAL_STAGE_NUM={t}',
                      f'LOG_DIR={tmp_path / "single"}')
-            alone = read_json(tmp_path / 'single', f'voc_val_{stem}_T{t}')
+            alone = read_json(tmp_path / 'single',
+                              f'voc_val_{tmp_path.name}_{stem}_T{t}')
             together = read_json(tmp_path, f'voc_val_{stem}_T{t}')
             assert alone['confusion'] == together['confusion']
             assert together['stages'] == t and together['step'] == 7
@@ -171,9 +173,9 @@ def test_several_networks_and_iterations_in_one_pass(words, tmp_path, capsys):
     evaluate(*words)
     plain = read_json(tmp_path, 'voc_val_a')['confusion']
     evaluate(*words, f'CHECKPOINT={tmp_path / "a.pth"},{copy}', average=True)
-    assert read_json(tmp_path, 'voc_val_mean_of_2')['confusion'] == plain
+    assert read_json(tmp_path, 'voc_val_mean_of_a+c')['confusion'] == plain
     evaluate(*words, both, average=True)
-    mean = read_json(tmp_path, 'voc_val_mean_of_2')
+    mean = read_json(tmp_path, 'voc_val_mean_of_a+b')
     assert mean['confusion'] != plain
     assert mean['averaged'] == [str(tmp_path / 'a.pth'), str(other)]
 
@@ -304,6 +306,24 @@ def test_the_cityscapes_zip(tmp_path):
         assert np.array_equal(np.array([dataset.DATASETS['cityscapes']['map'][v]
                                         for v in mask.ravel()]).reshape(30, 44),
                               classes)
+
+
+def test_a_part_or_a_name_twice_is_not_for_the_server(words, voc):
+    assert 'set it to 0' in refuses(*words, 'EVAL_IMAGES=2', submit=True)
+    (voc / 'ImageSets/Segmentation/val.txt').write_text('pic_6\npic_7\npic_6\n')
+    assert 'twice' in refuses(*words, submit=True)
+
+
+def test_each_network_keeps_its_own_stride(words, tmp_path, capsys):
+    content = checkpoint.load(save_network(tmp_path / 'b.pth', seed=1))
+    content['run'] = {'given': {'EVAL_STRIDE': 8, 'EVAL_FLIP': True, 'EVAL_IMAGES': 1}}
+    checkpoint.save(content, tmp_path / 'b.pth')
+    evaluate(*words, f'CHECKPOINT={tmp_path / "a.pth"},{tmp_path / "b.pth"}')
+    text = capsys.readouterr().out
+    assert 'a.pth, step 7, stride 16' in text and 'b.pth, step 7, stride 8' in text
+    found = read_json(tmp_path, 'voc_val_b')
+    assert found['settings']['EVAL_STRIDE'] == 8 and found['n_images'] == 3
+    assert found['settings']['EVAL_FLIP'] is False  # as all were seen
 
 
 def test_other_data_have_no_server(words):

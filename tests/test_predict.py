@@ -341,7 +341,8 @@ def test_what_is_there_is_kept(call, tmp_path, capsys, monkeypatch):
     # Another network: told, and used where that is wanted.
     other, net = save_net(tmp_path / 'other.pth', monkeypatch, turn_over)
     assert call('p/a.png', '--out', 'o', f'CHECKPOINT={other}') == 0
-    assert '1 of all masks in o are of another network' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert 'NOTE: 1 of the masks that were kept are of another' in text
     assert (tmp_path / 'o/masks/a.png').stat().st_mtime_ns == times['masks/a.png']
     assert call('p/a.png', '--out', 'o', f'CHECKPOINT={other}', '--overwrite') == 0
     found = np.asarray(Image.open(tmp_path / 'o/masks/a.png'))
@@ -570,7 +571,8 @@ def test_responsibilities(call, tmp_path, monkeypatch, capsys):
         assert np.allclose(found['usage'], usage, atol=2e-3) and usage[3] == 0
         assert np.ptp(maps[-1]) > 0.3 and np.allclose(maps.sum(1), 1, atol=1e-4)
         unused = [k for k in range(4) if found['usage'][k] == 0]
-        assert (f'p/{i}.png: {len(unused)} of 4 bases are used by no pixel: '
+        assert (f'p/{i}.png: {len(unused)} of 4 bases are used by no pixel, as '
+                'their largest: '
                 f'{", ".join(map(str, unused))}\n') in text
         assert found['bases'].tolist() == sorted(range(4), key=lambda k: -usage[k])
     # Kept; chosen bases; a picture beyond the memory is seen smaller.

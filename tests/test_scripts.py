@@ -310,6 +310,10 @@ def test_clean_removes_only_what_a_run_wrote(tiny, tmp_path):
     assert run_script('eval.py', f'LOG_DIR={log}').returncode == 0
     (log / 'notes.txt').write_text('mine')
     (log / 'my.pth').write_text('mine')
+    (log / 'eval' / 'x_submit').mkdir()
+    (log / 'eval' / 'x_submit' / 'a.png').write_text('packed')
+    (log / 'eval' / 'mine').mkdir()
+    (log / 'eval' / 'mine' / 'a.png').write_text('mine')
 
     def clean(*words, answer=''):
         return subprocess.run(['sh', str(HERE / 'clean.sh'), *words, str(log)],
@@ -318,7 +322,8 @@ def test_clean_removes_only_what_a_run_wrote(tiny, tmp_path):
     assert clean(answer='n\n').returncode == 1 and (log / 'final.pth').exists()
     assert clean().returncode == 1 and (log / 'final.pth').exists()
     assert clean('--yes').returncode == 0
-    assert sorted(p.name for p in log.iterdir()) == ['my.pth', 'notes.txt']
+    assert sorted(p.name for p in log.rglob('*')) == ['a.png', 'eval', 'mine', 'my.pth',
+                                                      'notes.txt']
 
 
 def test_measure_cost(tmp_path):
