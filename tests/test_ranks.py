@@ -71,6 +71,7 @@ def test_two_ranks_are_one_process(train, alone, words, tmp_path):
     assert '2 at a time on each of 2 ranks' in text and text.count(' cpu (') == 2
 
 
+@pytest.mark.slow  # in float64 it is shown exactly
 def test_two_ranks_in_single_precision(train, words, tmp_path):
     """At a low rate: float32's noise grows tenfold a step in a tiny random network."""
     words = [*words, 'LR=1e-6']
