@@ -22,6 +22,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
           152: (3, 8, 36, 3)}
 DEEP_FILES = {50: 'resnet50-ebb6acbb.pth', 101: 'resnet101-2a57e44d.pth',
               152: 'resnet152-0d43d698.pth'}  # of PyTorch-Encoding
+STEMS = {'deep': (64, 64, 128), 'v1c': (32, 32, 64), 'plain': (64,)}  # channels
 
 
 class ConvBNReLU(nn.Module):
@@ -141,8 +142,8 @@ class ResNet(nn.Module):
 
     Args:
         n_layers: 18, 34, 50, 101 or 152.
-        stem: 'deep', three 3x3 convolutions of 64, 64 and 128 channels, or 'plain',
-            one 7x7 of 64.
+        stem: 'deep', three 3x3 convolutions of 64, 64 and 128 channels, 'v1c', of 32,
+            32 and 64 (mmsegmentation's ResNetV1c), or 'plain', one 7x7 of 64.
         stride: pixels of the image per feature of layer4, 8 or 16.
         multi_grid: factors of the dilation of layer4's blocks; as many as there are
             blocks are used.
@@ -163,8 +164,8 @@ class ResNet(nn.Module):
         if n_layers not in BLOCKS:
             raise ValueError(f'no ResNet has {n_layers} layers here: choose one of '
                              f'{", ".join(map(str, BLOCKS))}')
-        if stem not in ('deep', 'plain'):
-            raise ValueError(f"the stem is 'deep' or 'plain', not {stem!r}")
+        if stem not in STEMS:
+            raise ValueError(f"the stem is 'deep', 'v1c' or 'plain', not {stem!r}")
         if stride not in (8, 16):
             raise ValueError(f'the output stride is 8 or 16, not {stride}')
         blocks = BLOCKS[n_layers]
@@ -175,16 +176,17 @@ class ResNet(nn.Module):
         self.block = BasicBlock if n_layers < 50 else Bottleneck
         self.bn_momentum = bn_momentum
         self.n_layers, self.stem = n_layers, stem
-        if stem == 'deep':
-            self.conv1 = nn.Sequential(
-                nn.Conv2d(3, 64, 3, 2, 1, bias=False),
-                nn.BatchNorm2d(64, momentum=bn_momentum), nn.ReLU(inplace=True),
-                nn.Conv2d(64, 64, 3, 1, 1, bias=False),
-                nn.BatchNorm2d(64, momentum=bn_momentum), nn.ReLU(inplace=True),
-                nn.Conv2d(64, 128, 3, 1, 1, bias=False))
-        else:
+        self.n_in = STEMS[stem][-1]
+        if stem == 'plain':
             self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.n_in = 128 if stem == 'deep' else 64
+        else:
+            one, two, three = STEMS[stem]
+            self.conv1 = nn.Sequential(
+                nn.Conv2d(3, one, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(one, momentum=bn_momentum), nn.ReLU(inplace=True),
+                nn.Conv2d(one, two, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(two, momentum=bn_momentum), nn.ReLU(inplace=True),
+                nn.Conv2d(two, three, 3, 1, 1, bias=False))
         self.bn1 = nn.BatchNorm2d(self.n_in, momentum=bn_momentum)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -268,12 +270,13 @@ def choose_weights(pretrained: str, stem: str, n_layers: int, model_dir: str
     """Decide which ImageNet weights a backbone starts from, before it is built.
 
     `auto` takes the deep-stem file where `model_dir` holds it, otherwise torchvision's
-    weights with the plain stem. What is asked for explicitly is never replaced.
+    weights with the plain stem; for the v1c stem it wants the file of open-mmlab. What
+    is asked for explicitly is never replaced.
 
     Args:
         pretrained: auto, none, a name of torchvision's weights (IMAGENET1K_V1), or a
             file.
-        stem: deep, plain or auto.
+        stem: deep, v1c, plain or auto.
         n_layers: depth of the backbone.
         model_dir: folder that is searched.
 
@@ -285,32 +288,38 @@ def choose_weights(pretrained: str, stem: str, n_layers: int, model_dir: str
         ValueError, FileNotFoundError: in a sentence that says which file is wanted,
         where, and what was found.
     """
-    if stem not in ('auto', 'deep', 'plain'):
-        raise ValueError(f'STEM={stem} is none of auto, deep, plain')
+    if stem not in ('auto', *STEMS):
+        raise ValueError(f'STEM={stem} is none of auto, {", ".join(STEMS)}')
     folder = Path(model_dir)
     deep_name = DEEP_FILES.get(n_layers)
+    v1c_files = sorted(folder.glob(f'resnet{n_layers}_v1c*.pth'))
     if pretrained == 'none':
         stem = 'deep' if stem == 'auto' else stem
         return stem, '', f'backbone: ResNet-{n_layers}, {stem} stem, trained from ' \
                          'scratch (PRETRAINED=none)'
     if pretrained == 'auto':
-        if stem != 'plain' and deep_name and (folder / deep_name).is_file():
+        if stem == 'v1c' and v1c_files:
+            source = str(v1c_files[-1])
+        elif stem in ('auto', 'deep') and deep_name and (folder / deep_name).is_file():
             source, stem = str(folder / deep_name), 'deep'
-        elif stem == 'deep':
+        elif stem in ('deep', 'v1c'):
             found = ', '.join(sorted(p.name for p in folder.glob('*.pth'))) or 'nothing'
             wanted = (f'put {deep_name} of PyTorch-Encoding into {folder}/' if deep_name
                       else 'no such file is published for this depth')
+            if stem == 'v1c':
+                wanted = f'put resnet{n_layers}_v1c*.pth of open-mmlab into {folder}/'
             raise FileNotFoundError(
-                f'no ImageNet weights of ResNet-{n_layers} with the deep stem: '
+                f'no ImageNet weights of ResNet-{n_layers} with the {stem} stem: '
                 f'{wanted} (found there: {found}), or take STEM=plain for '
                 'torchvision\'s weights, or PRETRAINED=none')
         else:
             source, stem = 'IMAGENET1K_V1', 'plain'
     elif re.fullmatch(r'\w+', pretrained) and not Path(pretrained).is_file():
-        if stem == 'deep':
+        if stem in ('deep', 'v1c'):
+            file = 'a PyTorch-Encoding' if stem == 'deep' else 'an open-mmlab'
             raise ValueError(
-                f'STEM=deep, but torchvision\'s weights {pretrained} are of the plain '
-                'stem: take STEM=plain, or a PyTorch-Encoding file as PRETRAINED')
+                f'STEM={stem}, but torchvision\'s weights {pretrained} are of the '
+                f'plain stem: take STEM=plain, or {file} file as PRETRAINED')
         source, stem = pretrained, 'plain'
     else:
         if not Path(pretrained).is_file():
@@ -370,6 +379,9 @@ def load_weights(backbone: ResNet, source: str, model_dir: str) -> str:
 def read_weights(path: str) -> dict[str, Tensor]:
     """Read a file of weights, checked against the hash in its name if there is one.
 
+    Returns:
+        The tensors, those of open-mmlab's v1c stem under torchvision's names.
+
     Raises:
         ValueError: in a sentence, where the hash differs or the file cannot be read.
     """
@@ -382,7 +394,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         if not digest.hexdigest().startswith(match[1]):
             raise ValueError(f'{path} is damaged: its sha256 starts with '
                              f'{digest.hexdigest()[:8]}, its name says {match[1]}; get '
-                             'the file again')
+                             'the file again, or rename it to go without this check')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds here
@@ -393,12 +405,15 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise ValueError(f'{path} holds no ResNet: it has no key that starts with '
                          'layer1.; PRETRAINED wants ImageNet weights, a trained '
                          'EMANet goes to CHECKPOINT of eval.py')
-    return state
+    return {re.sub(r'^stem\.', 'conv1.', re.sub(r'^stem\.7\.', 'bn1.', str(k))): v
+            for k, v in state.items()}
 
 
 def describe_weights(state: dict[str, Tensor]) -> tuple[str, int]:
     """Return (stem, depth) of a ResNet's weights, read off their keys."""
-    stem = 'deep' if 'conv1.0.weight' in state else 'plain'
+    stem = 'plain'
+    if 'conv1.0.weight' in state:
+        stem = 'v1c' if len(state['conv1.0.weight']) == STEMS['v1c'][0] else 'deep'
     counts = tuple(1 + max((int(k.split('.')[1]) for k in state
                             if k.startswith(f'layer{i}.')), default=-1)
                    for i in (1, 2, 3, 4))

@@ -3,14 +3,17 @@
     python eval.py CHECKPOINT=logdir/step_30000.pth
 
 Ours hold {net, optimizer, scaler, step, settings, run}: tensors and plain literals. The
-released EMANet checkpoints {net, step} load by the same call.
+released EMANet checkpoints {net, step} load by the same call, and so do those of
+mmsegmentation's EMANet, {state_dict, meta}.
 """
+import ast
 import contextlib
 import os
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import settings
 ARCHITECTURE = (
     'N_LAYERS', 'STEM', 'STRIDE', 'MULTI_GRID', 'MEAN', 'STD', 'HEAD', 'HEAD_CHANNELS',
     'FC1_CHANNELS', 'N_BASES', 'STAGE_NUM', 'EM_LAMBDA', 'EM_KERNEL', 'EM_NORM',
-    'EM_UPDATE', 'EM_GRADIENT', 'EM_CONV1', 'AUX_WEIGHT')
+    'EM_UPDATE', 'EM_GRADIENT', 'EM_CONV1', 'AUX_WEIGHT', 'PSA_GRID', 'ALIGN_CORNERS')
 
 # Of this command line and machine: never taken over from training.
 NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'RANKS', 'N_WORKERS',
@@ -34,8 +37,35 @@ NOT_TAKEN_OVER = ('CHECKPOINT', 'LOG_DIR', 'RESUME', 'DEVICE', 'RANKS', 'N_WORKE
 # What training did before there was a setting for it.
 BEFORE = {'CROP_WIDTH': 0, 'INIT_FROM': '', 'LR_END': 0.0, 'DECAY_ALL': False,
           'CLASS_WEIGHTS': (1.0,), 'OHEM_KEPT': 0.0, 'OHEM_BELOW': 0.0,
-          'OHEM_MIN': 100000, 'AUX_WEIGHT': 0.0}
+          'OHEM_MIN': 100000, 'AUX_WEIGHT': 0.0, 'PSA_GRID': (33, 33),
+          'ALIGN_CORNERS': True}
 
+# What the released code is, whatever this folder's settings say.
+RELEASED = {'MULTI_GRID': (1, 2, 4), 'STAGE_NUM': 3, 'EM_LAMBDA': 1.0,
+            'EM_KERNEL': 'exp_dot', 'EM_NORM': 'l2', 'EM_GRADIENT': 'none',
+            'EM_UPDATE': 'moving_average', 'EM_CONV1': 'auto'}
+
+# How the keys of others begin, and ours.
+RELEASED_KEYS = {
+    'extractor.0.': 'backbone.conv1.', 'extractor.1.': 'backbone.bn1.',
+    'extractor.4.': 'backbone.layer1.', 'extractor.5.': 'backbone.layer2.',
+    'extractor.6.': 'backbone.layer3.', 'extractor.7.': 'backbone.layer4.',
+    'fc1.0.': 'head.fc1.', '': 'head.'}
+MMSEG_KEYS = {
+    'backbone.stem.7.': 'backbone.bn1.', 'backbone.stem.': 'backbone.conv1.',
+    'decode_head.ema_in_conv.': 'head.fc0.',
+    'decode_head.ema_mid_conv.conv.': 'head.emau.conv1.',
+    'decode_head.ema_module.bases': 'head.emau.mu',
+    'decode_head.ema_out_conv.conv.': 'head.emau.conv2.0.',
+    'decode_head.ema_out_conv.bn.': 'head.emau.conv2.1.',
+    'decode_head.bottleneck.': 'head.fc1.', 'decode_head.conv_cat.': 'head.conv_cat.',
+    'decode_head.conv_seg.': 'head.fc2.', 'auxiliary_head.convs.0.': 'aux.conv.',
+    'auxiliary_head.conv_seg.': 'aux.classify.'}
+
+# Names of PASCAL Context's classes that mmsegmentation spells otherwise.
+SPELLINGS = {'bedclothes': 'bedcloth', 'cloth': 'clothes', 'table': 'diningtable'}
+
+CLASSIFIERS = ('head.fc2', 'head.classify', 'aux.classify')
 
 # -- writing ---------------------------------------------------------------------------
 
@@ -85,7 +115,7 @@ def list_steps(folder: str | Path) -> list[Path]:
 # -- reading ---------------------------------------------------------------------------
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this project or of the released EMANet code.
+    """Read a checkpoint of this project, the released EMANet code or mmsegmentation.
 
     Args:
         path: of the file.
@@ -117,15 +147,18 @@ def load(path: str | Path) -> dict[str, Any]:
             raise ValueError(
                 f'{path} holds more than tensors and plain values, so loading it could '
                 'run code: it was not opened; take a checkpoint that was saved as a '
-                'state dict') from None
+                'state dict, or save its state_dict and meta by themselves if you '
+                'trust it') from None
         raise ValueError(damage(path, error)) from None
     except Exception as error:  # a broken file can fail in any layer below
         raise ValueError(damage(path, error)) from None
-    net = content.get('net') if isinstance(content, dict) else None
-    if not (isinstance(net, dict)
-            and all(isinstance(value, Tensor) for value in net.values())):
+    is_dict = isinstance(content, dict)
+    if is_dict and holds_tensors(content.get('state_dict')) and any(
+            'decode_head.' in str(key) for key in content['state_dict']):
+        content = convert_mmseg(content, path)
+    if not (is_dict and holds_tensors(content.get('net'))):
         found = type(content).__name__
-        if isinstance(content, dict):
+        if is_dict:
             found = ', '.join(map(str, list(content)[:4])) or 'an empty one'
         raise ValueError(f'{path} is no EMANet checkpoint: a dictionary with net, the '
                          f'tensors, is expected, found {found}')
@@ -135,6 +168,12 @@ def load(path: str | Path) -> dict[str, Any]:
     if content.get('settings'):
         content['settings'] = {**BEFORE, **content['settings']}
     return {'settings': {}, 'run': {}, 'step': 0, **content}
+
+
+def holds_tensors(state: Any) -> bool:
+    """Tell whether something is a state dict."""
+    return isinstance(state, dict) and all(isinstance(value, Tensor)
+                                           for value in state.values())
 
 
 def damage(path: Path, error: Exception) -> str:
@@ -238,15 +277,39 @@ def take_over(content: dict[str, Any], given: dict[str, Any]) -> list[str]:
         given: values of this command line.
 
     Returns:
-        A line for each setting that is not this folder's.
+        Lines that tell which settings are not this folder's.
     """
     trained = {name: value for name, value in content['run'].get('given', {}).items()
                if name not in NOT_TAKEN_OVER and hasattr(settings, name)}
     kept = {name: getattr(settings, name) for name in NOT_TAKEN_OVER}
     runtime.apply({**trained, **kept, **given})  # training's recipe may set them too
-    lines = [f'{name} = {runtime.show_value(value)} as in training'
-             for name, value in trained.items() if name not in given]
+    words = [f'{name}={runtime.show_value(value)}' for name, value in trained.items()
+             if name not in given]
+    lines = [f'as in training: {" ".join(words)}'] if words else []
     return lines + adopt_architecture(content['settings'])
+
+
+def load_each(paths: list[Path], given: dict[str, Any]
+              ) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
+    """Read checkpoints one after another, each with its own settings set: take_over.
+
+    When all have been read, the settings are those of the first.
+
+    Args:
+        paths: of the checkpoints.
+        given: values of this command line.
+
+    Yields:
+        (path, content, lines): see load and take_over.
+    """
+    before, first = runtime.snapshot(), {}
+    for path in paths:
+        runtime.apply(before)
+        content = load(path)
+        lines = take_over(content, given)
+        first = first or runtime.snapshot()
+        yield path, content, lines
+    runtime.apply(first)
 
 
 def describe_classes(content: dict[str, Any]) -> tuple[list[str], list[int]]:
@@ -267,51 +330,131 @@ def describe_classes(content: dict[str, Any]) -> tuple[list[str], list[int]]:
 
 def n_classes_of(state: dict[str, Tensor]) -> int:
     """Return how many classes a network's tensors predict; 0 where that is unclear."""
-    return len(state['head.fc2.weight']) if 'head.fc2.weight' in state else 0
+    return next((len(state[f'{name}.weight']) for name in CLASSIFIERS
+                 if f'{name}.weight' in state), 0)
+
+
+def sort_classes(content: dict[str, Any], classes: Sequence[str], path: str | Path
+                 ) -> list[str]:
+    """Put the rows of a checkpoint's classifiers into the order of a data set.
+
+    Names are compared without case, spaces and signs. A checkpoint that tells none is
+    taken to have the order of the data set.
+
+    Returns:
+        A line for the log, where the order was another one.
+
+    Raises:
+        ValueError: in a sentence, where the names are others, unless the data set is
+            called as that of training: then its classes were renamed.
+    """
+    own, wanted = ([re.sub(r'[\W_]', '', name.lower()) for name in names]
+                   for names in (content['run'].get('classes', ()), classes))
+    own = [name if name in wanted else SPELLINGS.get(name, name) for name in own]
+    if not own or own == wanted:
+        return []
+    if sorted(own) != sorted(wanted) or len(set(own)) < len(own):
+        if content['settings'].get('DATASET') == settings.DATASET:
+            return []
+        others = ', '.join([name for name in own if name not in wanted][:3] or own[:3])
+        raise ValueError(f'{path} predicts other classes than those of the data set '
+                         f'{settings.DATASET}, {others} among them: give the '
+                         'DATASET that it was trained on')
+    rows = [own.index(name) for name in wanted]
+    content['net'].update({key: value[rows] for key, value in content['net'].items()
+                           if key.rpartition('.')[0] in CLASSIFIERS})
+    return [f'{path}: its classes are put into the order of {settings.DATASET}']
+
+
+# -- other formats ---------------------------------------------------------------------
+
+def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """Return tensors under other names; `table` says how keys begin, theirs and ours.
+    """
+    renamed = {}
+    for key, value in state.items():
+        old = next((old for old in table if key.startswith(old)), '')
+        renamed[table.get(old, '') + key[len(old):]] = value
+    return renamed
+
+
+def read_shapes(net: dict[str, Tensor], kind: str) -> dict[str, Any]:
+    """Return the settings that tensors with our names tell; `kind` is for the message.
+    """
+    try:
+        n = 1 + max(int(k.split('.')[2]) for k in net if 'backbone.layer3.' in k)
+        is_basic = 'backbone.layer1.0.conv3.weight' not in net
+        stem, fc1 = (net.get(key) for key in ('backbone.conv1.0.weight',
+                                              'head.fc1.conv.weight'))
+        return {
+            'N_LAYERS': ({2: 18, 6: 34} if is_basic else {6: 50, 23: 101, 36: 152})[n],
+            'STEM': 'plain' if stem is None else {64: 'deep', 32: 'v1c'}[len(stem)],
+            'HEAD': 'ema_mmseg' if 'head.conv_cat.conv.weight' in net else 'ema',
+            'HEAD_CHANNELS': len(net['head.fc0.conv.weight']),
+            'FC1_CHANNELS': 0 if fc1 is None else len(fc1),
+            'N_BASES': net['head.emau.mu'].shape[2],
+            'AUX_WEIGHT': 0.4 if any(key.startswith('aux.') for key in net) else 0.0}
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f'{kind} but is incomplete ({error}): get it again') from None
 
 
 def convert_released(state: dict[str, Tensor], path: str | Path
                      ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Rename the released code's keys to ours and read the architecture off the shapes.
+    """Return the tensors of the released code under our names, and their settings.
 
-    Args:
-        state: keys extractor.*, fc0.*, emau.*, fc1.0.*, fc2.*
-        path: for the message.
-
-    Returns:
-        (state, settings): depth, stem and widths, and the released code's unit; the
-        output stride stays a matter of settings.
+    The output stride stays a matter of this folder's settings.
 
     Raises:
         ValueError: where a key that tells the architecture is missing.
     """
-    layers = {4: 'layer1', 5: 'layer2', 6: 'layer3', 7: 'layer4'}
+    net = rename(state, RELEASED_KEYS)
+    shapes = read_shapes(net, f'{path} looks like a released EMANet checkpoint')
+    return net, {**RELEASED, **shapes}
 
-    def rename(key):
-        if match := re.fullmatch(r'extractor\.([4-7])\.(.+)', key):
-            return f'backbone.{layers[int(match[1])]}.{match[2]}'
-        for old, new in (('extractor.0.', 'backbone.conv1.'),
-                         ('extractor.1.', 'backbone.bn1.'), ('fc1.0.', 'head.fc1.')):
-            if key.startswith(old):
-                return new + key[len(old):]
-        return 'head.' + key
 
-    deep = {6: 50, 23: 101, 36: 152}  # blocks of layer3 -> depth
-    try:
-        n = 1 + max(int(k.split('.')[2]) for k in state if k.startswith('extractor.6.'))
-        is_basic = 'extractor.4.0.conv3.weight' not in state
-        fc0, mu = state['fc0.conv.weight'], state['emau.mu']
-        fc1 = state.get('fc1.0.conv.weight')
-        found = {'N_LAYERS': {2: 18, 6: 34}[n] if is_basic else deep[n],
-                 'STEM': 'deep' if 'extractor.0.0.weight' in state else 'plain',
-                 'HEAD': 'ema', 'HEAD_CHANNELS': len(fc0), 'N_BASES': mu.shape[2],
-                 'FC1_CHANNELS': 0 if fc1 is None else len(fc1),
-                 # what the released code is, whatever this folder's settings say
-                 'MULTI_GRID': (1, 2, 4), 'STAGE_NUM': 3, 'EM_LAMBDA': 1.0,
-                 'EM_KERNEL': 'exp_dot', 'EM_NORM': 'l2', 'EM_GRADIENT': 'none',
-                 'EM_UPDATE': 'moving_average', 'EM_CONV1': 'auto',
-                 'AUX_WEIGHT': 0.0}
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f'{path} looks like a released EMANet checkpoint but is '
-                         f'incomplete ({error}): get it again') from None
-    return {rename(k): v for k, v in state.items()}, found
+def convert_mmseg(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return a checkpoint of mmsegmentation's EMANet as load() does.
+
+    What its tensors do not tell is read in the config, a text in `meta`; without one it
+    is what mmsegmentation's EMANets for crops of 512x1024 have. The names and colours
+    of the classes come from there too, into `run`.
+
+    Raises:
+        ValueError: in a sentence, for another network, or an incomplete one.
+    """
+    state = rename(content['state_dict'], {'module.': ''})
+    meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
+    config = str(meta.get('config') or meta.get('cfg') or '')  # of mmcv, of mmengine
+
+    def read(pattern, usual):
+        match = re.search(pattern, config, re.DOTALL)
+        return ast.literal_eval(f'({match[1]})') if match else usual
+
+    rates = read(r'\bdilations\W+(\d(?:,\s*\d)+)', (1, 1, 2, 4))
+    stride = {(1, 1, 2, 4): 8, (1, 1, 1, 2): 16}.get(rates)
+    odd = re.search(r'contract_dilation\W+False|multi_grid\W+\d|style\W+caffe|'
+                    r'to_rgb\W+False|\bmean\W+(?!123\.675)[\d.]+', config)
+    wrong = ('another head than EMAHead' if 'decode_head.ema_module.bases' not in state
+             else odd[0] if odd else f'dilations={rates}' * (not stride))
+    if wrong:
+        raise ValueError(f'{path} is a network of mmsegmentation with {wrong}, which '
+                         'this project does not have: evaluate it there')
+    net, aligned = rename(state, MMSEG_KEYS), r'\balign_corners\W+(True|False)'
+    if len(net) < len(state):
+        raise ValueError(f'{path} has two tensors for one place: get it again')
+    found = {
+        **RELEASED, 'MULTI_GRID': (1, 1, 1), 'STRIDE': stride,
+        'MEAN': (0.485, 0.456, 0.406), 'STD': (0.229, 0.224, 0.225),  # 123.675 / 255
+        **read_shapes(net, f'{path} looks like an EMANet of mmsegmentation'),
+        'STAGE_NUM': read(r'decode_head.*?\bnum_stages\W+(\d+)', 3),
+        'ALIGN_CORNERS': read(rf'decode_head.*?{aligned}', read(aligned, False))}
+    said = meta.get('dataset_meta')  # of mmengine; mmcv has CLASSES and PALETTE here
+    said = {str(key).lower(): value for key, value in {
+        **meta, **(said if isinstance(said, dict) else {})}.items()}
+    names, colours, n = said.get('classes'), said.get('palette'), n_classes_of(net)
+    run = {}
+    if names and len(names) == n:
+        run = {'classes': list(map(str, names)), 'palette': recipes.voc_palette()}
+        if colours and len(colours) == n:
+            run['palette'] = recipes.fill_palette(*colours)
+    return {'net': net, 'settings': found, 'run': run, 'step': meta.get('iter') or 0}

@@ -601,13 +601,3 @@ def eval_loader(folder: Folder, n_images: int, device_type: str = 'cpu', rank: i
     return DataLoader(EvalSet(folder), batch_sampler=batches[rank::world],
                       collate_fn=as_lists, num_workers=n_workers(),
                       pin_memory=device_type == 'cuda', worker_init_fn=stand_apart)
-
-
-# -- pictures --------------------------------------------------------------------------
-
-def colour(label: Tensor, palette: list[int]) -> Tensor:
-    """Paint labels (h, w) in the colours of a palette: (h, w, 3) uint8.
-
-    Ignored pixels (255) are the palette's last colour, near white in VOC's.
-    """
-    return torch.tensor(palette, dtype=torch.uint8).view(-1, 3)[label.long()]

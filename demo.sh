@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")"
 
 # A python that has the packages is used, otherwise .venv is made.
-packages='import torch, torchvision, tensorboardX, tqdm, PIL
+packages='import torch, torchvision, tensorboardX, tqdm, PIL, matplotlib
 assert torch.__version__ >= "2.6"'
 python=
 for candidate in .venv/bin/python python python3; do

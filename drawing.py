@@ -28,7 +28,7 @@ GAP, FONT = 8, 13            # pixels: between pictures, height of the letters
 WRONG = (214, 30, 40)        # the colour of wrong pixels
 INCH, SPACE = 1.15, 0.06     # inches: a panel of a figure, and between two
 POINTS, DPI = 7, 300         # the letters of a figure, and its pixels per inch
-HEAD_ROOM, BAR_ROOM = 0.2, 0.46 # inches: above a panel, below all of them
+HEAD_ROOM, BAR_ROOM = 0.2, 0.46  # inches: above a panel, below all of them
 HEAT = 'magma'               # the colours of responsibilities
 PANEL_PIXELS = 512           # on the longer side of a panel; larger pictures are shrunk
 
@@ -40,19 +40,16 @@ def paint(label: np.ndarray, palette: Sequence[int]) -> np.ndarray:
     return np.asarray(palette, np.uint8).reshape(-1, 3)[label]
 
 
-def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence[int],
-            strength: float = 0.5) -> np.ndarray:
+def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence[int]
+            ) -> np.ndarray:
     """Lay a mask over its picture, with white borders and stripes where it is void.
-
-    Args:
-        strength: of the mask's colours, 0..1.
 
     Returns:
         (h, w, 3) uint8.
     """
     thick = max(1, round(max(label.shape) / 640))
     colours = Image.fromarray(paint(label, palette))
-    over = np.array(Image.blend(Image.fromarray(image), colours, strength))
+    over = np.array(Image.blend(Image.fromarray(image), colours, 0.5))
     over = stripe(over, label == VOID, 90, thick)
     is_border = np.zeros(label.shape, bool)
     for step in range(1, thick + 1):
@@ -237,7 +234,13 @@ def shrink(tile: int, image: np.ndarray, *labels: np.ndarray) -> list[np.ndarray
     """Resize a picture and its labels until the longer side is a tile's."""
     h, w = image.shape[:2]
     size = tuple(max(1, round(n * tile / max(h, w))) for n in (w, h))
-    return [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)),
+    return resize(Image.fromarray(image), size, *labels)
+
+
+def resize(image: Image.Image, size: tuple[int, int], *labels: np.ndarray
+           ) -> list[np.ndarray]:
+    """Resize a picture smoothly, and labels by the nearest pixel, to (w, h)."""
+    return [np.asarray(image.resize(size, Image.Resampling.LANCZOS)),
             *(np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
               for label in labels)]
 
@@ -277,9 +280,8 @@ def worst_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, titl
     row = line_up([plain, *masks, error_map(plain, true, found)],
                   [title, 'truth', 'prediction', 'errors'], tile)
     is_valid = truth != VOID
-    pairs = np.zeros((256, 256))
-    np.add.at(pairs, (truth[is_valid], prediction[is_valid]), 1)
-    pairs /= max(is_valid.sum(), 1)
+    pairs = np.bincount(256 * truth[is_valid].astype(int) + prediction[is_valid],
+                        minlength=256 ** 2).reshape(256, 256) / max(is_valid.sum(), 1)
     entries = [([], f'{percent(pairs.trace())} right')]
     np.fill_diagonal(pairs, 0)
     for i in np.argsort(-pairs, axis=None, kind='stable')[:np.count_nonzero(pairs)][:8]:
@@ -337,13 +339,6 @@ def save(figure: 'Figure', file: str | os.PathLike | io.BytesIO, kind: str = ''
         figure.savefig(file, format=kind or None, dpi=figure.dpi)
 
 
-def as_image(figure: 'Figure') -> Image.Image:
-    """Return a figure as a picture."""
-    stream = io.BytesIO()
-    save(figure, stream, 'png')
-    return Image.open(stream).convert('RGB')
-
-
 def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = ''
                      ) -> 'Figure':
     """Draw what was taken for what: each row is a class of the truth, in percent.
@@ -354,7 +349,7 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = ''
         title: stands above.
 
     Returns:
-        A figure for `save` or `as_image`. Up to 30 classes have numbers in their
+        A figure for `save`. Up to 30 classes have numbers in their
         cells; a class that never occurs is an empty row; the IoU stands on the right.
     """
     matrix, n = np.asarray(matrix, float), len(classes)
@@ -475,19 +470,6 @@ def partition(maps: np.ndarray, stride: int, size: tuple[int, int], step: int = 
     return chosen
 
 
-def strongest(maps: np.ndarray, stride: int, size: tuple[int, int], n: int = 4
-              ) -> list[int]:
-    """Return the n bases that are most responsible for the most pixels, largest first.
-
-    Args:
-        maps: (K, h', w') responsibilities.
-        stride, size: see `enlarge`.
-        n: how many.
-    """
-    counts = np.bincount(partition(maps, stride, size).ravel(), minlength=len(maps))
-    return np.argsort(-counts, kind='stable')[:n].tolist()
-
-
 @functools.cache
 def basis_colours(n: int = 512) -> np.ndarray:
     """Return colours that tell n bases apart; that of a basis does not depend on n.
@@ -584,11 +566,11 @@ def responsibility_figure(image: np.ndarray, maps: np.ndarray, stride: int,
         maps: (T, K, h', w') responsibilities, sum to 1 over K; value (i, j) lies on
             pixel (i * stride, j * stride).
         stride: pixels per feature.
-        bases: the indices to show, one at least; see `strongest`.
+        bases: the indices to show, one at least.
         mask: (h, w, 3) uint8, the prediction as `overlay` paints it, or None.
 
     Returns:
-        A figure for `save` or `as_image`.
+        A figure for `save`.
     """
     maps, bases, size = np.asarray(maps), list(bases), image.shape[:2]
     small, step, inches = shrink_panel(image)
@@ -634,7 +616,7 @@ def responsibility_overview(
         stride: pixels per feature.
 
     Returns:
-        A figure for `save` or `as_image`: a row is a picture and its bases.
+        A figure for `save`: a row is a picture and its bases.
     """
     drawn = []
     for image, maps, bases in rows:

@@ -6,9 +6,10 @@
     python eval.py --stages 1,2,3,4 CHECKPOINT=a.pth,b.pth    # in one pass
     python eval.py VAL_SPLIT=test --submit           # the test server's archive
 
-Takes this project's checkpoints and the released ones. What the tensors mean comes from
-the checkpoint; what training was given on its command line holds here too, and the
-words of this command line come on top.
+Takes this project's checkpoints, the released ones, and mmsegmentation's of EMANet
+(with the DATASET that they were trained on). What the tensors mean comes from the
+checkpoint; what training was given on its command line holds here too, and the words of
+this command line come on top.
 """
 import runtime
 
@@ -68,20 +69,17 @@ class Variant(NamedTuple):
     path: Path
     step: int
     stride: int
-    stages: int
+    stages: int  # 0: it does none
     settings: dict
 
 
 def read_stages(text: str) -> tuple[int, ...]:
     """Read the numbers of --stages; none for ''."""
-    try:
-        stages = tuple(dict.fromkeys(int(part) for part in text.split(',') if part))
-    except ValueError:
-        stages = (0,)
+    stages = runtime.parse_value('--stages', text, (1, 2, 3)) if text else ()
     if stages and min(stages) < 1:
         raise ValueError(f'--stages {text}: whole numbers of at least 1 with commas '
                          'between are expected, as in 1,2,3')
-    return stages
+    return tuple(dict.fromkeys(stages))
 
 
 def load_networks(paths: list[Path], stages: tuple[int, ...], given: dict
@@ -109,36 +107,31 @@ def load_networks(paths: list[Path], stages: tuple[int, ...], given: dict
     if len(set(stems)) < len(stems):
         raise ValueError(f'CHECKPOINT={settings.CHECKPOINT}: the results are named '
                          'after the files and their folders, so these must differ')
-    nets, variants, lines, first = [], [], [], {}
-    before = runtime.snapshot()
-    for path, stem in zip(paths, stems, strict=True):
-        for name, value in before.items():
-            setattr(settings, name, value)
-        content = checkpoint.load(path)
-        lines += checkpoint.take_over(content, given)
+    stems, nets, variants, lines = iter(stems), [], [], []
+    for path, content, more in checkpoint.load_each(paths, given):
+        lines += more
         facts = dataset.get_facts()
-        first = first or runtime.snapshot()
         n_classes = checkpoint.n_classes_of(content['net'])
         if n_classes and n_classes != len(facts['classes']):
             raise ValueError(f'{path} predicts {n_classes} classes, but the data set '
                              f'{settings.DATASET} has {len(facts["classes"])}: give '
                              'the DATASET that it was trained on')
-        if settings.DATASET != first['DATASET']:
-            raise ValueError(f'{path} was trained on {settings.DATASET}, {paths[0]} on '
-                             f'{first["DATASET"]}: evaluate them by themselves')
+        lines += checkpoint.sort_classes(content, facts['classes'], path)
         net = network.build(len(facts['classes']), is_eval=True)
         checkpoint.load_net(net, content['net'], path)
         if stages:
             net.set_stages(stages)
         nets.append(net)
-        usual = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
-        for t in stages or (usual,):
-            name = stem + f'_T{t}' * bool(stages or settings.EVAL_STAGE_NUM)
+        usual, stem = settings.EVAL_STAGE_NUM or settings.STAGE_NUM, next(stems)
+        for t in stages or (usual if hasattr(net.head, 'emau') else 0,):
+            name = stem + f'_T{t}' * bool(stages or t and settings.EVAL_STAGE_NUM)
             variants.append(Variant(name, path, content['step'], net.stride, t,
                                     runtime.snapshot()))
-    for name, value in first.items():
-        setattr(settings, name, value)
-    common = {name: value for name, value in first.items() if name in COMMON}
+    names = {variant.settings['DATASET'] for variant in variants}
+    if len(names) > 1:
+        raise ValueError(f'these checkpoints are of different data sets ('
+                         f'{", ".join(sorted(names))}): evaluate them by themselves')
+    common = {name: getattr(settings, name) for name in COMMON}
     return nets, [variant._replace(settings={**variant.settings, **common})
                   for variant in variants], lines
 
@@ -222,11 +215,11 @@ class Submission:
             raise OSError(f'cannot write into {self.where} ({error}): make room or set '
                           'another LOG_DIR') from error
 
-    def pack(self, n_images: int) -> Path:
+    def pack(self) -> Path:
         """Put the PNGs into the archive, check it and return its path."""
         path = self.where.with_name(f'{self.where.name}.{self.kind}')
         temporary = path.with_name(path.name + '.tmp')
-        names = [self.place(index) for index in range(n_images)]
+        names = [self.place(index) for index in range(len(self.folder))]
         if self.kind == 'tar':
             with tarfile.open(temporary, 'w') as archive:
                 for name in names:
@@ -245,21 +238,21 @@ class Submission:
         Raises:
             RuntimeError: for a file that the server would refuse.
         """
-        values = self.table[:self.n_classes]
+        values, mode = self.table[:self.n_classes], 'P' if self.palette else 'L'
         if self.kind == 'tar':
             with tarfile.open(path) as archive:
                 found = {m.name: archive.extractfile(m).read() for m in archive}
         else:
             with zipfile.ZipFile(path) as archive:
                 found = {name: archive.read(name) for name in archive.namelist()}
-        if sorted(found) != sorted(set(names)) or len(set(names)) < len(names):
+        if sorted(found) != sorted(names):
             raise RuntimeError(f'{path} has {len(found)} results for {len(names)} '
                                'images')
         for index, name in enumerate(names):
             with (Image.open(io.BytesIO(found[name])) as result,
                   Image.open(self.folder.images[index]) as image):
-                if result.size != image.size or result.mode not in ('P', 'L') or (
-                        not np.isin(np.unique(np.asarray(result)), values).all()):
+                if result.size != image.size or result.mode != mode or (
+                        not np.isin(np.asarray(result), values).all()):
                     raise RuntimeError(f'{name} in {path} has another size, mode or '
                                        'value than the server wants')
 
@@ -302,12 +295,9 @@ def write_scores(out: Path, name: str, variant: Variant, scores: dict,
                                      (metric.image_scores(counts), hit / truth)),
                        strict=False))  # there may be more ids than were evaluated
     runtime.write_text(out / f'{name}_images.csv', text.getvalue())
-    try:
-        drawing.confusion_figure(
-            matrix.numpy(), facts['classes'], f'{name}, mIoU '
-            f'{100 * scores["mIoU"]:.2f}').savefig(out / f'{name}_confusion.png')
-    except ValueError as error:  # no matplotlib
-        print(f'note: {error}')
+    drawing.save(drawing.confusion_figure(
+        matrix.numpy(), facts['classes'], f'{name}, mIoU {100 * scores["mIoU"]:.2f}'),
+        out / f'{name}_confusion.png')
 
 
 def show_number(value: float) -> str:
@@ -329,35 +319,48 @@ def draw_images(predictor: inference.Predictor, folder: dataset.Folder,
     return drawing.sheet(rows)
 
 
+def check_options(args: argparse.Namespace, n_variants: int, n_left_out: int) -> None:
+    """Refuse options that do not go together, each in a sentence."""
+    if args.average and args.stages:
+        raise ValueError('--average and --stages: only one of the two is expected')
+    if min(args.pictures, args.worst) < 0:
+        raise ValueError(f'--pictures {args.pictures}, --worst {args.worst}: 0 images '
+                         'or more are expected')
+    if args.submit and n_left_out:
+        raise ValueError('--submit: the server wants all images of the list, but '
+                         f'EVAL_IMAGES={settings.EVAL_IMAGES} leaves {n_left_out} out: '
+                         'set it to 0')
+    if args.submit and n_variants > 1 and not args.average:
+        raise ValueError(f'--submit: one result is expected, not {n_variants}; take '
+                         'one checkpoint and T, or --average')
+    drawing.new_figure(1, 1)  # is matplotlib there?
+
+
+def name_mean(variants: list[Variant]) -> str:
+    """Return a name for the mean of variants, not a very long one."""
+    name = '+'.join(variant.name for variant in variants)
+    if len(name) > 80:
+        name = f'{len(variants)}_{hashlib.sha256(name.encode()).hexdigest()[:8]}'
+    return f'mean_of_{name}'
+
+
 def main(args: argparse.Namespace) -> int:
     """Evaluate, print, and write tables and pictures into LOG_DIR/eval."""
     status = runtime.launch()
     if status is not None:
         return status
     paths = checkpoint.find_checkpoints()
-    nets, variants, lines = load_networks(paths, read_stages(args.stages), args.given)
+    stages = read_stages(args.stages)
+    nets, variants, lines = load_networks(paths, stages, args.given)
     options, facts = runtime.eval_options(), dataset.get_facts()
     folder = dataset.open_split('val', needs_masks=not args.submit)
     n_images, n_classes = dataset.n_to_evaluate(folder), len(facts['classes'])
-    mode = f'{settings.DATASET}_{folder.split.replace("/", "_")}'
-    out = Path(settings.LOG_DIR) / 'eval'
-    if args.average and args.stages:
-        raise ValueError('--average and --stages: only one of the two is expected')
+    check_options(args, len(variants), len(folder) - n_images)
     if args.average:
-        name = '+'.join(variant.name for variant in variants)
-        if len(name) > 80:
-            name = f'{len(variants)}_{hashlib.sha256(name.encode()).hexdigest()[:8]}'
-        variants = [variants[0]._replace(name=f'mean_of_{name}')]
-    if min(args.pictures, args.worst) < 0:
-        raise ValueError(f'--pictures {args.pictures}, --worst {args.worst}: 0 images '
-                         'or more are expected')
-    if args.submit and n_images < len(folder):
-        raise ValueError(f'--submit: the server wants all {len(folder)} images, but '
-                         f'EVAL_IMAGES={settings.EVAL_IMAGES}: set it to 0')
-    if args.submit and len(variants) > 1:
-        raise ValueError(f'--submit: one result is expected, not {len(variants)}; take '
-                         'one checkpoint and T, or --average')
+        variants = [variants[0]._replace(name=name_mean(variants))]
+    mode = f'{settings.DATASET}_{folder.split.replace("/", "_")}'
     names = [f'{mode}_{variant.name}{name_mode()}' for variant in variants]
+    out = Path(settings.LOG_DIR) / 'eval'
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # learn it now, not after the work
@@ -376,8 +379,9 @@ def main(args: argparse.Namespace) -> int:
         print(*lines, sep='\n', end='\n' * bool(lines))
         for variant in variants:
             files = ', '.join(map(str, paths)) if args.average else variant.path
+            told = f', T = {variant.stages}' * bool(variant.stages)
             print(f'{variant.name}: {files}, step {variant.step}, stride '
-                  f'{variant.stride}, T = {variant.stages}')
+                  f'{variant.stride}{told}')
         print(f'{n_images} of {len(folder)} images of list {folder.split} in '
               f'{folder.root}; scales {runtime.show_value(options["scales"])}'
               f'{", mirrored too" * settings.EVAL_FLIP}; {precision}; processes: '
@@ -416,10 +420,10 @@ def main(args: argparse.Namespace) -> int:
     if not team.is_first:
         return 0
     if submission:
-        print(f"the server's file, checked: {submission.pack(n_images)}")
+        print(f"the server's file, checked: {submission.pack()}")
     print(f'{n_images / seconds:.2f} images/s')
     if not matrices.sum():
-        print('the list has no labelled pixel, so there is nothing to score')
+        print('the list has no labelled pixel, so there is nothing to score or to draw')
         return 0
 
     # Score, print and write.

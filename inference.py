@@ -51,12 +51,15 @@ def fold(net: nn.Module, precision: str = 'fp32') -> nn.Module:
     return net
 
 
-def padded_size(size: int, stride: int) -> int:
-    """Return the least multiple of the stride plus 1 that is not below a size.
+def padded_size(size: int, stride: int, align_corners: bool = True) -> int:
+    """Return the least side, not below a size, at which features lie evenly.
 
-    With such sizes and aligned corners a feature lies on every stride-th pixel exactly.
+    With aligned corners that is a multiple of the stride plus 1, and a feature lies on
+    every stride-th pixel exactly; without them a multiple, and each feature lies in the
+    middle of its block of pixels.
     """
-    return (size + stride - 2) // stride * stride + 1  # ONNX rounds -1 // 2 to 0
+    edge = 1 if align_corners else 0
+    return (size + stride - 1 - edge) // stride * stride + edge  # ONNX: -1 // 2 is 0
 
 
 @torch.inference_mode()
@@ -64,8 +67,8 @@ def predict_logits(net: nn.Module, image: Tensor) -> Tensor:
     """Return the logits of one image at its own size, plainly (FACTS: single scale).
 
     The image is padded right and bottom with the mean, which is 0 after normalising, to
-    a multiple of the output stride plus 1; the padding is cut off again. A Predictor
-    gives the same, faster, and more.
+    its padded_size; the padding is cut off again. A Predictor gives the same, faster,
+    and more.
 
     Args:
         net: a Segmenter in evaluation mode.
@@ -76,7 +79,8 @@ def predict_logits(net: nn.Module, image: Tensor) -> Tensor:
     """
     h, w = image.shape[1:]
     x = net.normalise(image[None].to(net.mean.device))
-    x = F.pad(x, (0, padded_size(w, net.stride) - w, 0, padded_size(h, net.stride) - h))
+    right, bottom = (padded_size(n, net.stride, net.align_corners) - n for n in (w, h))
+    x = F.pad(x, (0, right, 0, bottom))
     return net(x)[0, :, :h, :w]
 
 
@@ -291,7 +295,8 @@ class Predictor:
         """
         groups = {}
         for i, view in enumerate(views):
-            size = tuple(padded_size(n, net.stride) for n in view.shape[2:])
+            size = tuple(padded_size(n, net.stride, net.align_corners)
+                         for n in view.shape[2:])
             groups.setdefault(size, []).append(i)
         results: list[Tensor] = [None] * len(views)
         for (height, width), members in groups.items():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import heads
 import settings
 from backbone import ConvBNReLU, ResNet
 from metric import PixelLoss
@@ -222,6 +223,11 @@ class EMAU(nn.Module):
             zs.append(z)
         return mus, zs
 
+    def wanted_stages(self) -> tuple[int, ...]:
+        """Return the T of each output of a forward: several only at evaluation."""
+        stages = self.stages if self.training else self.eval_stages
+        return stages if isinstance(stages, tuple) else (stages,)
+
     def forward(self, x: Tensor, return_z: bool = False
                 ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Apply the unit.
@@ -236,8 +242,7 @@ class EMAU(nn.Module):
             reading order: z.unflatten(1, (h, w)) is a map.
         """
         identity, size = x, x.shape[2:]
-        stages = self.stages if self.training else self.eval_stages
-        wanted = stages if isinstance(stages, tuple) else (stages,)
+        wanted = self.wanted_stages()
         has_grad = torch.is_grad_enabled() and self.gradient != 'none'
         with torch.set_grad_enabled(has_grad):
             if self.conv1 is not None:
@@ -288,33 +293,6 @@ class EMAU(nn.Module):
             tensor.zero_()
 
 
-class FCNHead(nn.Module):
-    """A 3x3 convolution, dropout and the classifier, on one level of the features.
-
-    On layer3 it is the auxiliary head that mmsegmentation trains beside others.
-
-    Args:
-        n_in: channels of each level of the features.
-        n_classes: of the logits.
-        level: index of the features it looks at, -1 is layer4.
-        channels: of the 3x3 convolution.
-        dropout: share of its channels dropped while training.
-        bn_momentum: of its batch norm.
-    """
-
-    def __init__(self, n_in: list[int], n_classes: int, level: int = -1,
-                 channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4):
-        super().__init__()
-        self.level = level
-        self.conv = ConvBNReLU(n_in[level], channels, 3, bn_momentum=bn_momentum)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(channels, n_classes, 1)
-
-    def forward(self, feats: list[Tensor]) -> Tensor:
-        """Four features of the backbone -> logits (b, classes, h', w') of its level."""
-        return self.classify(self.dropout(self.conv(feats[self.level])))
-
-
 class EMAHead(nn.Module):
     """fc0, the EM attention unit, fc1 with dropout, and the classifier fc2.
 
@@ -325,24 +303,33 @@ class EMAHead(nn.Module):
         fc1_channels: of fc1; 0 leaves fc1 and its dropout out (the paper's Table 1).
         dropout: share of fc1's channels dropped while training.
         bn_momentum: of every batch norm.
+        concat: see fc1's features beside the backbone's in one more convolution before
+            the classifier, as in mmsegmentation's EMAHead.
         unit: the other arguments of EMAU.
     """
 
     def __init__(self, n_in: int, n_classes: int, channels: int = 512,
                  fc1_channels: int = 256, dropout: float = 0.1,
-                 bn_momentum: float = 3e-4, **unit):
+                 bn_momentum: float = 3e-4, concat: bool = False, **unit):
         super().__init__()
         self.fc0 = ConvBNReLU(n_in, channels, 3, bn_momentum=bn_momentum)
         self.emau = EMAU(channels, bn_momentum=bn_momentum, **unit)
         self.fc1 = (ConvBNReLU(channels, fc1_channels, 3, bn_momentum=bn_momentum)
                     if fc1_channels else nn.Identity())
+        n_out = fc1_channels or channels
+        self.conv_cat = (ConvBNReLU(n_in + n_out, n_out, 3, bn_momentum=bn_momentum)
+                         if concat else None)
         self.dropout = nn.Dropout2d(dropout if fc1_channels else 0.0)
-        self.fc2 = nn.Conv2d(fc1_channels or channels, n_classes, 1)
+        self.fc2 = nn.Conv2d(n_out, n_classes, 1)
 
     def forward(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
-        x = self.emau(self.fc0(feats[-1]))
-        return self.fc2(self.dropout(self.fc1(x)))
+        x = self.fc1(self.emau(self.fc0(feats[-1])))
+        if self.conv_cat is not None:
+            n = len(self.emau.wanted_stages())             # outputs of the unit
+            beside = feats[-1].repeat(n, 1, 1, 1) if n > 1 else feats[-1]
+            x = self.conv_cat(torch.cat([beside, x], 1))
+        return self.fc2(self.dropout(x))
 
     def responsibilities(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> z of each iteration (t, b, k, h/os, w/os).
@@ -356,10 +343,11 @@ class EMAHead(nn.Module):
         self.emau.update_bases(is_sound)
 
 
-def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(logits: Tensor, size: tuple[int, int], align_corners: bool = True
+            ) -> Tensor:
     """Upsample logits (b, classes, h', w') to (h, w), in at least float32."""
     return F.interpolate(at_least_float32(logits), size, mode='bilinear',
-                         align_corners=True)
+                         align_corners=align_corners)
 
 
 class Segmenter(nn.Module):
@@ -374,15 +362,18 @@ class Segmenter(nn.Module):
             is the plain cross-entropy.
         aux: a second head, trained beside the first and not asked at inference.
         aux_weight: of its loss.
+        align_corners: of the logits' upsampling. With them images of a multiple of the
+            stride plus 1 pixels are seen best, without them of a multiple.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, stride: int,
                  mean: tuple[float, ...], std: tuple[float, ...],
                  loss: nn.Module | None = None, aux: nn.Module | None = None,
-                 aux_weight: float = 0.0):
+                 aux_weight: float = 0.0, align_corners: bool = True):
         super().__init__()
         self.backbone, self.head, self.stride = backbone, head, stride
         self.loss, self.aux, self.aux_weight = loss or PixelLoss(), aux, aux_weight
+        self.align_corners = align_corners
         self.pixels = {'mean': mean, 'std': std}
         for name in self.pixels:
             self.register_buffer(name, torch.zeros(1, 3, 1, 1), False)
@@ -419,12 +410,12 @@ class Segmenter(nn.Module):
         x = self.normalise(images) if images.dtype == torch.uint8 else images
         feats = self.backbone(x)
         small = self.head(feats)                           # (b, classes, h/os, w/os)
-        logits = enlarge(small, images.shape[2:])
+        logits = enlarge(small, images.shape[2:], self.align_corners)
         if labels is None:
             return logits
         losses = self.loss(logits, labels)                 # (b,)
         if self.aux is not None:
-            aux_logits = enlarge(self.aux(feats), images.shape[2:])
+            aux_logits = enlarge(self.aux(feats), images.shape[2:], self.align_corners)
             losses = losses + self.aux_weight * self.loss(aux_logits, labels)
         return losses, small
 
@@ -445,6 +436,53 @@ class Segmenter(nn.Module):
             self.head.update_bases(is_sound)
 
 
+def build_head(n_in: list[int], n_classes: int, stride: int) -> nn.Module:
+    """Build the head of settings.py.
+
+    Args:
+        n_in: channels of the backbone's four features.
+        n_classes: of the logits.
+        stride: pixels of the image per feature of the last two.
+
+    Raises:
+        ValueError: in a sentence, for a head that is not known or cannot be.
+    """
+    common = {'dropout': settings.DROPOUT, 'bn_momentum': settings.BN_MOM}
+    head, channels = settings.HEAD, settings.HEAD_CHANNELS
+    fc1_channels, grid = settings.FC1_CHANNELS, settings.PSA_GRID
+    if head in ('ema', 'ema_mmseg'):
+        return EMAHead(
+            n_in[-1], n_classes, channels, fc1_channels, **common,
+            concat=head == 'ema_mmseg', bases=settings.N_BASES,
+            stages=settings.STAGE_NUM, eval_stages=settings.EVAL_STAGE_NUM,
+            scale=settings.EM_LAMBDA, kernel=settings.EM_KERNEL, norm=settings.EM_NORM,
+            update=settings.EM_UPDATE, gradient=settings.EM_GRADIENT,
+            momentum=settings.EM_MOM, renorm=settings.EM_RENORM,
+            conv1=settings.EM_CONV1, auto_update=False)
+    if head == 'fcn':
+        return heads.FCNHead(n_in, n_classes, channels=channels, **common)
+    if head in ('deeplabv3', 'deeplabv3plus'):
+        if not fc1_channels:
+            raise ValueError(f'FC1_CHANNELS=0, but HEAD={head} has branches of so many '
+                             'channels: set it to 256, as its authors do')
+        make = (heads.DeepLabV3Head if head == 'deeplabv3' else
+                heads.DeepLabV3PlusHead)
+        return make(n_in, n_classes, stride, fc1_channels, **common)
+    if head == 'psanet':
+        if len(grid) != 2 or min(grid) < 2:
+            raise ValueError(f'PSA_GRID={",".join(map(str, grid))}: rows and columns, '
+                             'at least 2 each, are expected, as in 33,33')
+        return heads.PSAHead(n_in, n_classes, grid, channels, **common)
+    if head == 'nonlocal':
+        unit = heads.NonLocal(channels, settings.BN_MOM)
+    elif head == 'a2':
+        unit = heads.DoubleAttention(channels, settings.N_BASES, settings.BN_MOM)
+    else:
+        raise ValueError(f'HEAD={head} is none of ema, ema_mmseg, fcn, deeplabv3, '
+                         'deeplabv3plus, psanet, nonlocal, a2')
+    return heads.UnitHead(n_in, n_classes, unit, channels, fc1_channels, **common)
+
+
 def build(n_classes: int, is_eval: bool = False) -> Segmenter:
     """Build the network of settings.py, with random weights.
 
@@ -455,20 +493,11 @@ def build(n_classes: int, is_eval: bool = False) -> Segmenter:
     Raises:
         ValueError: in a sentence, for settings that do not go together.
     """
-    if settings.HEAD != 'ema':
-        raise ValueError(f'HEAD={settings.HEAD} is unknown: the only head is ema')
     stem = 'deep' if settings.STEM == 'auto' else settings.STEM
     stride = is_eval and settings.EVAL_STRIDE or settings.STRIDE
     backbone = ResNet(settings.N_LAYERS, stem, stride, settings.MULTI_GRID,
                       settings.BN_MOM, settings.RECOMPUTE and not is_eval)
-    head = EMAHead(
-        backbone.channels[-1], n_classes, settings.HEAD_CHANNELS, settings.FC1_CHANNELS,
-        settings.DROPOUT, settings.BN_MOM, bases=settings.N_BASES,
-        stages=settings.STAGE_NUM, eval_stages=settings.EVAL_STAGE_NUM,
-        scale=settings.EM_LAMBDA, kernel=settings.EM_KERNEL, norm=settings.EM_NORM,
-        update=settings.EM_UPDATE, gradient=settings.EM_GRADIENT,
-        momentum=settings.EM_MOM, renorm=settings.EM_RENORM, conv1=settings.EM_CONV1,
-        auto_update=False)
+    head = build_head(backbone.channels, n_classes, stride)
     if len(settings.CLASS_WEIGHTS) not in (1, n_classes):
         raise ValueError(f'CLASS_WEIGHTS has {len(settings.CLASS_WEIGHTS)} numbers for '
                          f'{n_classes} classes: give one for each, or a single one')
@@ -476,8 +505,8 @@ def build(n_classes: int, is_eval: bool = False) -> Segmenter:
                      settings.OHEM_MIN)
     aux = None
     if settings.AUX_WEIGHT:
-        aux = FCNHead(backbone.channels, n_classes, level=2, dropout=settings.DROPOUT,
-                      bn_momentum=settings.BN_MOM)
+        aux = heads.FCNHead(backbone.channels, n_classes, level=2,
+                            dropout=settings.DROPOUT, bn_momentum=settings.BN_MOM)
     net = Segmenter(backbone, head, stride, settings.MEAN, settings.STD, loss, aux,
-                    settings.AUX_WEIGHT)
+                    settings.AUX_WEIGHT, settings.ALIGN_CORNERS)
     return net.train(not is_eval)

@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 import checkpoint
 import drawing
+import heads
 import inference
 import network
 import settings
@@ -91,34 +92,31 @@ def load_networks(paths: list[Path], given: dict
 
     Returns:
         (nets, classes, palette, lines): in evaluation mode, what they all predict, and
-        what is to be said of them.
+        what is to be said of them, the last lines of each network.
 
     Raises:
         ValueError, FileNotFoundError: in a sentence.
     """
-    nets, lines, before, first = [], [], runtime.snapshot(), None
-    for path in paths:
-        runtime.apply(before)
-        content = checkpoint.load(path)
-        lines += [line for line in checkpoint.take_over(content, given)
-                  if line.startswith('EVAL')]  # the others tell how it was trained
-        classes, palette = checkpoint.describe_classes(content)
-        first = first or (classes, palette, runtime.snapshot())
-        if classes != first[0]:
-            raise ValueError(f'{path} predicts {len(classes)} classes that are not the '
-                             f'{len(first[0])} of {paths[0]}: only probabilities of '
-                             'the same classes can be averaged')
+    nets, lines, about, found = [], [], [], []
+    for path, content, more in checkpoint.load_each(paths, given):
+        found.append(checkpoint.describe_classes(content))
+        classes = found[0][0]
+        if found[-1][0] != classes:
+            raise ValueError(f'{path} predicts {len(found[-1][0])} classes that are '
+                             f'not the {len(classes)} of {paths[0]}: only probabilities'
+                             ' of the same classes can be averaged')
         net = network.build(len(classes), is_eval=True)
         checkpoint.load_net(net, content['net'], path)
         stages = settings.EVAL_STAGE_NUM or settings.STAGE_NUM
-        lines.append(f'{path}: step {content["step"]}, {len(classes)} classes, stride '
-                     f'{net.stride}, T = {stages}')
+        lines += more
+        about.append(f'{path}: step {content["step"]}, {len(classes)} classes, stride '
+                     f'{net.stride}' + f', T = {stages}' * hasattr(net.head, 'emau'))
         nets.append(net)
-    runtime.apply(first[2])
-    return nets, first[0], first[1], lines
+    return nets, *found[0], lines + about
 
 
-def block_pixels(memory: float, n_classes: int, n_weights: int, options: dict) -> int:
+def block_pixels(memory: float, n_classes: int, n_weights: int, options: dict,
+                 per_pair: float = 0.0) -> int:
     """Return how many pixels are predicted at a time, for a bound of memory.
 
     Measured with ResNet-50, stride 8, float32 on a CPU: the process takes 0.74 GB, its
@@ -137,6 +135,8 @@ def block_pixels(memory: float, n_classes: int, n_weights: int, options: dict) -
         n_classes: of the networks.
         n_weights: of the networks.
         options: of the Predictor.
+        per_pair: bytes for each pair of pixels, of a network in which every one sees
+            every other (Non-local).
 
     Raises:
         ValueError: in a sentence, where not even the smallest block has room.
@@ -144,12 +144,18 @@ def block_pixels(memory: float, n_classes: int, n_weights: int, options: dict) -
     view = max(1, *options['scales']) ** 2 * (1 + options['use_flip'])
     per_class = 24 if any(options['window']) else 16  # as the windows overlap
     fixed, per_pixel = 0.8e9 + 4 * n_weights, view * (400 + per_class * n_classes)
+    per_pair *= 0 if any(options['window']) else view ** 2
     least = (4 * MARGIN) ** 2
-    if not memory * 1e9 >= fixed + per_pixel * least:
-        raise ValueError(f'--memory {memory:g}: at least '
-                         f'{(fixed + per_pixel * least) / 1e9 + 0.05:.1f} GB are '
-                         'needed, or fewer and smaller EVAL_SCALES')
-    return int(min((memory * 1e9 - fixed) / per_pixel, MOST_PIXELS))
+    needed = fixed + per_pixel * least + per_pair * least ** 2
+    room = memory * 1e9 - fixed
+    if not room >= needed - fixed:
+        raise ValueError(f'--memory {memory:g}: at least {needed / 1e9 + 0.05:.1f} GB '
+                         'are needed, or fewer and smaller EVAL_SCALES')
+    n = room / per_pixel
+    if per_pair:  # per_pixel * n + per_pair * n ** 2 = room
+        half = per_pixel / per_pair / 2
+        n = (half ** 2 + room / per_pair) ** 0.5 - half
+    return int(min(n, MOST_PIXELS))
 
 
 def predict_mask(predictor: inference.Predictor, image: np.ndarray, n_pixels: int,
@@ -182,14 +188,11 @@ def predict_mask(predictor: inference.Predictor, image: np.ndarray, n_pixels: in
 
 def read_bases(text: str, n_bases: int) -> list[int]:
     """Read the numbers of --bases; none for ''."""
-    try:
-        bases = list(dict.fromkeys(int(part) for part in text.split(',') if part))
-    except ValueError:
-        bases = [-1]
+    bases = runtime.parse_value('--bases', text, (3, 10, 17)) if text else ()
     if bases and not 0 <= min(bases) <= max(bases) < n_bases:
         raise ValueError(f'--bases {text}: whole numbers from 0 to {n_bases - 1} with '
                          'commas between are expected, as in 3,10,17')
-    return bases
+    return list(dict.fromkeys(bases))
 
 
 def find_responsibilities(predictor: inference.Predictor, image: np.ndarray,
@@ -205,7 +208,8 @@ def find_responsibilities(predictor: inference.Predictor, image: np.ndarray,
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     with torch.inference_mode(), predictor.autocast():
         x = net.normalise(predictor.fetch(tensor)[None])
-        sides = [inference.padded_size(n, net.stride) - n for n in (w, h)]
+        sides = [inference.padded_size(n, net.stride, net.align_corners) - n
+                 for n in (w, h)]
         feats = net.backbone(F.pad(x, (0, sides[0], 0, sides[1])))
         maps = net.head.responsibilities(feats)[:, 0]              # (t, k, h', w')
     rows, columns = ((n - 1) // net.stride + 1 for n in (h, w))  # none on the padding
@@ -379,7 +383,9 @@ def main(args: argparse.Namespace) -> int:
         bases = read_bases(args.bases, nets[0].head.emau.mu.shape[2])
         drawing.new_figure(1, 1)  # is matplotlib there?
     n_weights = sum(tensor.numel() for net in nets for tensor in net.parameters())
-    n_pixels = block_pixels(args.memory, len(classes), n_weights, options)
+    per_pair = max((8 / net.stride ** 4 for net in nets for module in net.modules()
+                    if isinstance(module, heads.NonLocal)), default=0.0)
+    n_pixels = block_pixels(args.memory, len(classes), n_weights, options, per_pair)
     device = runtime.pick_device()
     precision = runtime.pick_precision(device)
     lock = runtime.lock(args.out, '--out')

@@ -24,7 +24,7 @@ import recipes
 import settings
 
 HERE = Path(__file__).resolve().parent
-ROOMS = ('preparation', 'prediction')  # folders of what only one script needs
+ROOMS = ('preparation', 'prediction', 'measurement', 'ablation')  # each of one script
 EXIT_USER = 2       # a sentence was printed: change something, then try again
 EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from it
 EXIT_CTRL_C = 130
@@ -74,9 +74,9 @@ def parse_value(name: str, text: str, default: Any) -> Any:
             return tuple(parse_value(name, part, default[0]) for part in parts)
         return text
     except (KeyError, ValueError, OverflowError):
-        kind = {bool: 'true or false', int: 'a whole number', float: 'a number',
-                tuple: 'numbers with commas between'}[type(default)]
-        raise ValueError(f'{name}={text}: {kind} is expected, as in '
+        kind = {bool: 'true or false is', int: 'a whole number is',
+                float: 'a number is', tuple: 'numbers with commas between are'}
+        raise ValueError(f'{name}={text}: {kind[type(default)]} expected, as in '
                          f'{name}={show_value(default)}') from None
 
 

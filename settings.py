@@ -24,7 +24,7 @@ STD = (0.229, 0.224, 0.225)  # of the pixels likewise, the standard deviation
 
 # -- the backbone
 N_LAYERS = 101              # 18, 34, 50, 101 or 152
-STEM = 'auto'               # deep (three 3x3), plain (one 7x7), auto (see models/)
+STEM = 'auto'               # deep or v1c (three 3x3), plain (one 7x7), auto (models/)
 STRIDE = 8                  # pixels of the input per feature, 8 or 16
 EVAL_STRIDE = 0             # the same at evaluation; 0 is STRIDE
 MULTI_GRID = (1, 2, 4)      # dilation factors of the blocks of layer4
@@ -34,10 +34,12 @@ INIT_FROM = ''              # checkpoint of a whole network to start from
 BN_MOM = 3e-4               # share of the new batch in the running statistics
 
 # -- the head and its EM attention unit
-HEAD = 'ema'                # ema is the only one so far
-HEAD_CHANNELS = 512         # channels of fc0 and of the unit
-FC1_CHANNELS = 256          # channels of fc1; 0 leaves fc1 out (the paper's Table 1)
-DROPOUT = 0.1               # share of fc1's channels dropped while training
+HEAD = 'ema'                # ema_mmseg fcn deeplabv3 deeplabv3plus psanet nonlocal a2
+HEAD_CHANNELS = 512         # channels of fc0 and of the unit; of PSANet's attention
+FC1_CHANNELS = 256          # of fc1 and DeepLab's branches; 0: no fc1, as in Table 1
+DROPOUT = 0.1               # share of the last features' channels dropped in training
+PSA_GRID = (33, 33)         # rows and columns that PSANet's attention works on
+ALIGN_CORNERS = True        # of the logits' upsampling; False: mmsegmentation's
 N_BASES = 64                # K
 STAGE_NUM = 3               # T, EM iterations while training
 EVAL_STAGE_NUM = 0          # T at evaluation; 0 is STAGE_NUM

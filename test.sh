@@ -15,7 +15,7 @@ if [ -z "$python" ]; then
     [ -x "$python" ] || python3 -m venv .venv
     echo "installing the packages into .venv: a minute or two, 5.5 GB"
     "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-        pycocotools pytest pytest-xdist
+        pycocotools onnx onnxscript onnxruntime pytest pytest-xdist
 fi
 
 marks='not slow'

@@ -18,6 +18,7 @@ import math
 import os
 import time
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import backbone
 import checkpoint
 import dataset
+import drawing
 import inference
 import metric
 import network
@@ -352,17 +354,17 @@ def draw_bases(session: Session, board) -> None:
             board.add_scalar('bases/largest share', shares.max().item(), session.step)
 
 
-def draw_samples(board, facts: dict, images: Tensor, labels: Tensor, logits: Tensor,
-                 step: int) -> None:
+def draw_samples(session: Session, board, facts: dict, images: Tensor, labels: Tensor,
+                 logits: Tensor) -> None:
     """Put input, truth and prediction of up to three samples into TensorBoard."""
     size = images.shape[2:]
-    found = nn.functional.interpolate(logits[:3].float(), size, mode='bilinear',
-                                      align_corners=True).argmax(1).cpu()
-    for i in range(len(found)):
-        row = torch.cat([images[i].permute(1, 2, 0),
-                         dataset.colour(labels[i], facts['palette']),
-                         dataset.colour(found[i], facts['palette'])], 1)
-        board.add_image(f'input, truth, prediction/{i}', row.numpy(), step,
+    found = network.enlarge(logits[:3], size, session.raw.align_corners)
+    found = found.argmax(1).byte().cpu()
+    for i, prediction in enumerate(found):
+        row = np.concatenate([images[i].permute(1, 2, 0), *(
+            drawing.paint(label.numpy(), facts['palette'])
+            for label in (labels[i], prediction))], 1)
+        board.add_image(f'input, truth, prediction/{i}', row, session.step,
                         dataformats='HWC')
 
 
@@ -424,7 +426,7 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
                         step - logged_at)
             waited, logged_at, logged = 0.0, step, session.seconds
         if settings.IMAGE_EVERY and step % settings.IMAGE_EVERY == 0 and team.is_first:
-            draw_samples(log.board, facts, images, labels, logits, step)
+            draw_samples(session, log.board, facts, images, labels, logits)
             draw_bases(session, log.board)
         if is_validated:
             try:
@@ -432,11 +434,10 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
             except RuntimeError as error:
                 if not runtime.is_out_of_memory(error):
                     raise
-                save(session, log.folder / 'latest.pth')
                 raise ValueError(
                     f'the memory of {session.device} does not hold the validation ('
                     f'{str(error).splitlines()[0]}): lower EVAL_BATCH or set '
-                    'EVAL_WINDOW; the step is saved, the same command goes on'
+                    'EVAL_WINDOW; the same command goes on from the last latest.pth'
                 ) from error
         if is_saved:
             save(session, log.folder / 'latest.pth')
@@ -524,6 +525,12 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         if settings.STEM == 'auto':
             settings.STEM = found['settings'].get('STEM', 'auto')
         session = Session(len(facts['classes']), device, team)
+        try:
+            lines += checkpoint.sort_classes(found, facts['classes'],
+                                             settings.INIT_FROM)
+        except ValueError:
+            lines.append(f'note: {settings.INIT_FROM} was trained on other classes, so '
+                         'its classifier is no more than a start')
         checkpoint.load_net(session.raw, found['net'], settings.INIT_FROM)
         for name in checkpoint.ARCHITECTURE:
             there, here = found['settings'].get(name), getattr(settings, name)

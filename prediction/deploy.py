@@ -51,8 +51,9 @@ class Deployed(nn.Module):
             (b, classes, h, w) float32 probabilities, or (b, h, w) uint8 labels.
         """
         height, width = images.shape[2:]
-        bottom, right = (inference.padded_size(n, self.net.stride) - n
-                         for n in (height, width))
+        bottom, right = (
+            inference.padded_size(n, self.net.stride, self.net.align_corners) - n
+            for n in (height, width))
         # not net.normalise: torch 2.6 cannot turn its in-place steps into ONNX
         x = (images.to(self.net.mean.dtype) - self.net.mean) / self.net.std
         logits = self.net(F.pad(x, (0, right, 0, bottom)))
@@ -69,8 +70,9 @@ def export(net: nn.Module, path: str | Path, picture: Tensor, metadata: dict,
     """Write a network as a program that needs nothing of this folder, and check it.
 
     The file is `model.pt2` for torch.export.load, or `model.onnx`; both take (b, 3, h,
-    w) uint8 of any batch and size. It appears under its name when it has been read back
-    and has predicted what the network does.
+    w) uint8 of any batch and size (but a .pt2 wants 2 pixels or more on a side, and
+    more than the stride if the corners are not aligned). It appears under its name when
+    it has been read back and has predicted what the network does.
 
     Args:
         net: a Segmenter in evaluation mode, float32; it is left as it is.

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import dataset
+import drawing
 
 # What is written, as FOLDER/NAME.suffix; the mask is last and stands for all of them.
 KINDS = {'overlays': '.jpg', 'probabilities': '.npz', 'responsibilities': '.npz',
          'masks': '.png'}
 NOT_READ = {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # Pillow knows their names, no more
 MOST_PIXELS = 10 ** 9        # of a picture
-
 
 
 class Picture(NamedTuple):
@@ -197,7 +197,4 @@ def shrink(n_pixels: int, image: np.ndarray, *labels: np.ndarray) -> list[np.nda
     size, step = (max(int(w * scale), 1), max(int(h * scale), 1)), int(1 / scale)
     strips = [np.asarray(Image.fromarray(image[y:y + 64 * step]).reduce(step))
               for y in range(0, h, 64 * step)]  # no copy of all of it
-    small = Image.fromarray(np.concatenate(strips))
-    return [np.asarray(small.resize(size, Image.Resampling.LANCZOS)),
-            *(np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
-              for label in labels)]
+    return drawing.resize(Image.fromarray(np.concatenate(strips)), size, *labels)

@@ -36,7 +36,6 @@ OVERLAY_PIXELS = 4_000_000   # of an overlay; that of a larger picture is reduce
 NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-
 class NoMore(OSError):
     """The folder of the results takes nothing any more."""
 
@@ -193,7 +192,7 @@ class Results:
 
     def count(self, picture: Picture, mask: np.ndarray) -> None:
         """Put the share of each class of a mask into the table."""
-        counts = sum(np.bincount(row, minlength=len(self.classes)) for row in mask)
+        counts = Image.fromarray(mask).histogram()[:len(self.classes)]
         self.rows[picture.name] = [picture.name, mask.shape[1], mask.shape[0],
                                    *(f'{n / mask.size:.8f}' for n in counts)]
 

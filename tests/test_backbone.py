@@ -31,9 +31,12 @@ def save_named(state, folder, start):
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """Real files of ResNet-18 with either stem: {stem: (file, state)}."""
+    """Real files of ResNet-18 with each stem: {stem: (file, state)}.
+
+    That of v1c has open-mmlab's keys in the file and torchvision's in the state.
+    """
     made = {}
-    for stem in ('deep', 'plain'):
+    for stem in ('deep', 'plain', 'v1c'):
         torch.manual_seed(len(stem))
         state = ResNet(18, stem).state_dict()
         for key, value in state.items():  # nothing that a fresh network has too
@@ -41,6 +44,15 @@ def files(tmp_path_factory):
                 value.uniform_(0.5, 2)
         state = {**state, 'fc.weight': torch.randn(10, 512), 'fc.bias': torch.randn(10)}
         folder = tmp_path_factory.mktemp(stem)
+        if stem == 'v1c':
+            theirs = {f'stem.{k[6:]}' if k.startswith('conv1.') else
+                      f'stem.7.{k[4:]}' if k.startswith('bn1.') else k: v
+                      for k, v in state.items()}
+            assert {k.split('.')[1] for k in theirs if k.startswith('stem.')} == set(
+                '013467')
+            made[stem] = save_named({'state_dict': theirs}, folder,
+                                    'resnet18_v1c'), state
+            continue
         made[stem] = save_named(state, folder, 'resnet18'), state
     return made
 
@@ -117,10 +129,26 @@ def test_basic_blocks_are_torchvisions():
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()  # layer4 is dilated here
 
 
+@pytest.mark.parametrize('stem, channels', [('deep', (64, 64, 128)),
+                                            ('v1c', (32, 32, 64))])
+def test_stems_of_three_convolutions(stem, channels):
+    net = meta_resnet(50, stem)
+    convs = [m for m in net.conv1 if isinstance(m, torch.nn.Conv2d)]
+    assert tuple(m.out_channels for m in convs) == channels
+    assert [m.kernel_size + m.stride for m in convs] == [(3, 3, 2, 2), (3, 3, 1, 1),
+                                                         (3, 3, 1, 1)]
+    assert net.bn1.num_features == net.layer1[0].conv1.in_channels == channels[-1]
+    with torch.device('meta'):
+        assert net(torch.empty(1, 3, 33, 49))[0].shape == (1, 256, 9, 13)
+    with pytest.raises(ValueError, match="'deep', 'v1c' or 'plain', not 'wide'"):
+        meta_resnet(50, 'wide')
+
+
 # -- choosing --------------------------------------------------------------------------
 
 def test_none_takes_no_weights(tmp_path):
-    for stem, built in (('auto', 'deep'), ('deep', 'deep'), ('plain', 'plain')):
+    for stem, built in (('auto', 'deep'), ('deep', 'deep'), ('plain', 'plain'),
+                        ('v1c', 'v1c')):
         assert choose_weights('none', stem, 50, tmp_path)[:2] == (built, '')
     assert 'PRETRAINED=none' in choose_weights('none', 'auto', 50, tmp_path)[2]
 
@@ -154,13 +182,27 @@ def test_a_deep_stem_is_never_replaced(tmp_path, deep_dir):
         choose_weights('IMAGENET1K_V2', 'deep', 50, tmp_path)
 
 
+def test_the_v1c_file_is_taken_where_it_is_asked_for(files, tmp_path):
+    file = files['v1c'][0]
+    stem, source, line = choose_weights('auto', 'v1c', 18, str(file.parent))
+    assert (stem, source) == ('v1c', str(file)) and 'v1c stem' in line
+    assert choose_weights('auto', 'auto', 18, str(file.parent))[0] == 'plain'
+    with pytest.raises(FileNotFoundError) as caught:
+        choose_weights('auto', 'v1c', 50, str(file.parent))
+    for part in ('ResNet-50 with the v1c stem', 'resnet50_v1c*.pth of open-mmlab',
+                 f'found there: {file.name}', 'STEM=plain'):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match='STEM=v1c.*IMAGENET1K_V2.*an open-mmlab file'):
+        choose_weights('IMAGENET1K_V2', 'v1c', 50, tmp_path)
+
+
 @pytest.mark.parametrize('stem', ['auto', 'plain'])
 def test_a_name_of_torchvision(stem, deep_dir):
     assert choose_weights('IMAGENET1K_V2', stem, 18, deep_dir)[:2] == (
         'plain', 'IMAGENET1K_V2')
 
 
-@pytest.mark.parametrize('stem', ['deep', 'plain'])
+@pytest.mark.parametrize('stem', ['deep', 'plain', 'v1c'])
 def test_a_file_tells_its_stem(stem, files, tmp_path):
     file = str(files[stem][0])
     assert choose_weights(file, 'auto', 18, tmp_path)[:2] == (stem, file)
@@ -173,7 +215,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_an_unknown_stem(tmp_path):
-    with pytest.raises(ValueError, match='STEM=wide is none of auto, deep, plain'):
+    with pytest.raises(ValueError, match='STEM=wide is none of auto, deep, v1c, plain'):
         choose_weights('none', 'wide', 50, tmp_path)
 
 
@@ -185,7 +227,7 @@ def test_released_files_are_known():
 
 # -- loading a file --------------------------------------------------------------------
 
-@pytest.mark.parametrize('stem', ['deep', 'plain'])
+@pytest.mark.parametrize('stem', ['deep', 'plain', 'v1c'])
 def test_load(stem, files, tmp_path):
     file, state = files[stem]
     net = ResNet(18, stem)
@@ -239,8 +281,16 @@ def test_another_depth_or_stem(depth, stem, files, tmp_path):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize('held, wanted', [('v1c', 'deep'), ('deep', 'v1c'),
+                                          ('v1c', 'plain')])
+def test_stems_are_not_mixed(held, wanted, files, tmp_path):
+    with pytest.raises(ValueError, match=f'ResNet-18 with the {held} stem, but '
+                                         f'ResNet-18 with the {wanted} stem'):
+        load_weights(meta_resnet(18, wanted), str(files[held][0]), tmp_path)
+
+
 @pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-@pytest.mark.parametrize('stem', ['deep', 'plain'])
+@pytest.mark.parametrize('stem', ['deep', 'plain', 'v1c'])
 def test_weights_are_described(depth, stem):
     state = meta_resnet(depth, stem).state_dict()
     assert backbone.describe_weights(state) == (stem, depth)

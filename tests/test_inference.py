@@ -12,11 +12,11 @@ import runtime
 import settings
 
 
-def make_net(monkeypatch, **values):
+def make_net(**values):
     """A small network whose batch norms have lived: random statistics and weights."""
     for name, value in {**dict(HEAD_CHANNELS=16, FC1_CHANNELS=8, N_BASES=4, STRIDE=8),
                         **values}.items():
-        monkeypatch.setattr(settings, name, value)
+        setattr(settings, name, value)  # put back after each test
     torch.manual_seed(0)
     net = network.build(5, is_eval=True)
     for m in net.modules():
@@ -31,8 +31,8 @@ def make_net(monkeypatch, **values):
 @pytest.mark.parametrize('depth', [18, 50])
 @pytest.mark.parametrize('stem', ['deep', 'plain'])
 @pytest.mark.parametrize('fc1', [0, 8])
-def test_folded_network_is_the_same(depth, stem, fc1, monkeypatch):
-    net = make_net(monkeypatch, N_LAYERS=depth, STEM=stem, FC1_CHANNELS=fc1).double()
+def test_folded_network_is_the_same(depth, stem, fc1):
+    net = make_net(N_LAYERS=depth, STEM=stem, FC1_CHANNELS=fc1).double()
     image = torch.randint(256, (3, 40, 57), dtype=torch.uint8)
     before = inference.predict_logits(net, image)
     folded = inference.fold(copy.deepcopy(net))
@@ -42,8 +42,8 @@ def test_folded_network_is_the_same(depth, stem, fc1, monkeypatch):
     assert torch.equal(before, inference.predict_logits(net, image))  # left alone
 
 
-def test_folded_in_bf16(monkeypatch):
-    net = make_net(monkeypatch, N_LAYERS=18, STEM='plain')
+def test_folded_in_bf16():
+    net = make_net(N_LAYERS=18, STEM='plain')
     image = torch.randint(256, (3, 40, 57), dtype=torch.uint8)
     before = inference.predict_logits(net, image)
     folded = inference.fold(copy.deepcopy(net), 'bf16')
@@ -56,8 +56,8 @@ def test_folded_in_bf16(monkeypatch):
     assert (after - before).abs().max() < 0.05 * (before.max() - before.min())
 
 
-def test_normalising_leaves_the_picture_alone(monkeypatch):
-    net = make_net(monkeypatch, N_LAYERS=18, STEM='plain')
+def test_normalising_leaves_the_picture_alone():
+    net = make_net(N_LAYERS=18, STEM='plain')
     for images in (torch.randint(256, (2, 3, 9, 9), dtype=torch.uint8),
                    torch.randint(256, (2, 3, 9, 9)).float()):
         kept = images.clone()
@@ -84,9 +84,9 @@ def make_predictor(net, **options):
 
 
 @pytest.fixture
-def net(monkeypatch):
+def net():
     """A small network in float64, in which "the same" means to 1e-10."""
-    return make_net(monkeypatch, N_LAYERS=18, STEM='plain').double()
+    return make_net(N_LAYERS=18, STEM='plain').double()
 
 
 def near(a, b, tolerance=1e-10):
@@ -156,8 +156,8 @@ def test_equal_networks_average_to_one(net, n):
         assert apart.shape[0] == n and all(torch.equal(own[0], x) for x in apart)
 
 
-def test_networks_average_as_probabilities(monkeypatch):
-    nets = [make_net(monkeypatch, N_LAYERS=18, STEM='plain', STRIDE=stride).double()
+def test_networks_average_as_probabilities():
+    nets = [make_net(N_LAYERS=18, STEM='plain', STRIDE=stride).double()
             for stride in (8, 16, 8)]
     nets[2].head.fc2.weight.data.neg_()
     images = make_images((40, 57), (33, 20))
@@ -304,8 +304,8 @@ def test_blocks_cover_every_pixel_once(net):
     assert len(sizes) > 4 and max((h - 8) * (w - 8) for *_, h, w in sizes) <= 8000
 
 
-def test_predictor_in_bf16_and_fp32(monkeypatch):
-    net = make_net(monkeypatch, N_LAYERS=18, STEM='plain')
+def test_predictor_in_bf16_and_fp32():
+    net = make_net(N_LAYERS=18, STEM='plain')
     image = make_images((40, 57))[0]
     exact = make_predictor(net.double()).predict([image])[0]
     single = make_predictor(net.float(), precision='fp32').predict([image])[0]

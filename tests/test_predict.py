@@ -34,7 +34,7 @@ def model(tmp_path, monkeypatch):
 
 
 def save_net(path, monkeypatch, change=None, classes=CLASSES):
-    net = make_net(monkeypatch, **SMALL)
+    net = make_net(**SMALL)
     last = net.head.fc2
     with torch.no_grad():  # each class is to be the most probable somewhere
         if change:
@@ -425,6 +425,10 @@ def test_the_bound_of_memory():
         **options, 'scales': (0.5, 2.0), 'use_flip': True}) == pytest.approx(
             n / 8, 1e-5)
     assert predict.block_pixels(1e9, 21, 0, options) == 10 ** 9
+    few = predict.block_pixels(4, 21, 35_000_000, options, 8 / 8 ** 4)  # Non-local
+    spent = (4e9 - 0.8e9 - 4 * 35_000_000) / n  # bytes a pixel
+    assert few * spent + few ** 2 * 8 / 8 ** 4 == pytest.approx(n * spent, rel=1e-4)
+    assert few < n / 3
     for memory in (0.5, 0, -1, float('nan')):
         with pytest.raises(ValueError, match='at least 1.2 GB are needed'):
             predict.block_pixels(memory, 21, 35_000_000, options)
@@ -509,7 +513,7 @@ def test_errors_of_the_user(call, tmp_path, monkeypatch):
             (('a.png', '--out', 'file/o'), 'cannot write into --out=file/o'),
             (('a.png', 'CHECKPOINT=gone.pth'), 'there is no checkpoint gone.pth'),
             (('a.png', '--responsibilities', '--bases', '1,4'), 'from 0 to 3'),
-            (('a.png', '--responsibilities', '--bases', 'x'), 'from 0 to 3'),
+            (('a.png', '--responsibilities', '--bases', 'x'), '--bases=x: numbers'),
             (('a.png', '--bases', '1'), 'give that too'),
             (('a.png', 'EVAL_MODE=all'), 'EVAL_MODE=all is none of'),
             (('a.png', '--memory', '0.1'), 'GB are needed')):

@@ -15,8 +15,8 @@ import runtime
 import settings
 
 HERE = Path(__file__).parents[1]
-SOURCES = {path.stem: path for path in sorted([*HERE.glob('*.py'),
-                                                *HERE.glob('pre*/*.py')])}
+SOURCES = {path.stem: path for folder in ('.', *runtime.ROOMS)
+           for path in sorted((HERE / folder).glob('*.py'))}
 VERBS = {'prepare', 'train', 'eval', 'measure', 'predict', 'ablate'}
 MAY_IMPORT = {  # DESIGN.md, "Rooms"
     'settings': set(), 'recipes': set(), 'shapes': set(), 'metric': set(),
@@ -24,9 +24,12 @@ MAY_IMPORT = {  # DESIGN.md, "Rooms"
     'network': {'backbone', 'heads', 'metric', 'settings'},
     'masks': {'recipes'}, 'sources': {'masks', 'runtime'},
     'check': {'dataset', 'drawing', 'runtime', 'settings'},
-    'deploy': {'inference'}, 'pictures': {'dataset'},
+    'deploy': {'inference'}, 'pictures': {'dataset', 'drawing'},
     'results': {'drawing', 'pictures'},
+    'cost': {'dataset', 'network', 'runtime', 'settings'},
     'checkpoint': {'recipes', 'runtime', 'settings'},
+    'experiments': set(), 'running': {'runtime'},
+    'report': {'drawing', 'experiments', 'runtime'},
     **dict.fromkeys(('dataset', 'runtime'), {'settings', 'recipes'})}
 
 
@@ -275,7 +278,7 @@ def imports_of(tree):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, 'a flat folder has no relative imports'
             first, _, second = node.module.partition('.')
-            if first in ('preparation', 'prediction'):
+            if first in runtime.ROOMS:
                 found |= {second} if second else {alias.name for alias in node.names}
             found.add(first)
     return found
@@ -349,7 +352,7 @@ def test_settings_are_read_late(name):
 
 def test_network_reads_settings_in_build_only():
     for node in parse('network').body:
-        if getattr(node, 'name', '') == 'build':
+        if getattr(node, 'name', '') in ('build', 'build_head'):
             assert reads_of_settings(node)
         else:
             assert not reads_of_settings(node)
@@ -366,7 +369,7 @@ def test_every_setting_is_read():
     assert not set(runtime.snapshot()) - read - {'RECIPE'}  # apply() takes that one
 
 
-@pytest.mark.parametrize('name', ['train', 'eval'])
+@pytest.mark.parametrize('name', ['train', 'eval', 'ablate'])
 def test_help_answers_without_torch(name):
     code = f'''
 import runpy, sys

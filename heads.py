@@ -1,0 +1,348 @@
+"""The rivals of the EM attention head, called exactly as it is, chosen by HEAD.
+
+    python train.py HEAD=deeplabv3              # the same backbone, recipe and loop
+    python measure.py table1                    # what each of them costs
+
+A head takes the list of the backbone's four features and returns logits (b, classes,
+h/os, w/os), those of DeepLabV3+ are (b, classes, h/4, w/4). Each is built as its
+authors published it; where it is not, its docstring says so.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone import ConvBNReLU
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize features (b, c, h, w) bilinearly, with aligned corners."""
+    return F.interpolate(x, size, mode='bilinear', align_corners=True)
+
+
+# -- convolutions ----------------------------------------------------------------------
+
+class FCNHead(nn.Module):
+    """A 3x3 convolution, dropout and the classifier, on one level of the features.
+
+    On layer4 it is the plain network that all others are to beat, on layer3 the
+    auxiliary head that mmsegmentation trains beside others.
+
+    Args:
+        n_in: channels of each level of the features.
+        n_classes: of the logits.
+        level: index of the features it looks at, -1 is layer4.
+        channels: of the 3x3 convolution.
+        dropout: share of its channels dropped while training.
+        bn_momentum: of its batch norm.
+    """
+
+    def __init__(self, n_in: list[int], n_classes: int, level: int = -1,
+                 channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4):
+        super().__init__()
+        self.level = level
+        self.conv = ConvBNReLU(n_in[level], channels, 3, bn_momentum=bn_momentum)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, n_classes, 1)
+
+    def forward(self, feats: list[Tensor]) -> Tensor:
+        """Four features of the backbone -> logits (b, classes, h', w') of its level."""
+        return self.classify(self.dropout(self.conv(feats[self.level])))
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (Chen et al., 2017, section 3.3).
+
+    A 1x1 convolution, three 3x3 ones of growing dilation and the mean of the image,
+    each with batch norm, side by side; a 1x1 convolution joins them.
+
+    Args:
+        n_in: channels of the features.
+        channels: of each branch and of the output.
+        stride: pixels of the image per feature. The dilations are 6, 12 and 18 at 16
+            and twice that at 8.
+        bn_momentum: of every batch norm.
+    """
+
+    def __init__(self, n_in: int, channels: int, stride: int, bn_momentum: float):
+        super().__init__()
+        self.branches = nn.ModuleList([
+            ConvBNReLU(n_in, channels, 1, bn_momentum=bn_momentum),
+            *(ConvBNReLU(n_in, channels, 3, rate * 16 // stride, bn_momentum)
+              for rate in (6, 12, 18))])
+        self.pool = ConvBNReLU(n_in, channels, 1, bn_momentum=bn_momentum)
+        self.project = ConvBNReLU(5 * channels, channels, 1, bn_momentum=bn_momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n_in, h, w) -> (b, channels, h, w)."""
+        if self.training and len(x) == 1 and type(self.pool.bn) is nn.BatchNorm2d:
+            raise ValueError('DeepLab pools each image to one pixel, so that its batch '
+                             'norm needs two images or more at a time, but there is '
+                             'one: raise BATCH_SIZE or lower ACCUMULATE')
+        mean = self.pool(x.mean((2, 3), keepdim=True))
+        return self.project(torch.cat([*(branch(x) for branch in self.branches),
+                                       mean.expand(-1, -1, *x.shape[2:])], 1))
+
+
+class DeepLabV3Head(nn.Module):
+    """ASPP and the classifier (Chen et al., 2017: DeepLabV3).
+
+    Args:
+        n_in: channels of each level of the features.
+        n_classes: of the logits.
+        stride: pixels of the image per feature.
+        channels: of ASPP's branches.
+        dropout: share of the last features' channels dropped while training.
+        bn_momentum: of every batch norm.
+    """
+
+    def __init__(self, n_in: list[int], n_classes: int, stride: int,
+                 channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4):
+        super().__init__()
+        self.aspp = ASPP(n_in[-1], channels, stride, bn_momentum)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, n_classes, 1)
+
+    def forward(self, feats: list[Tensor]) -> Tensor:
+        """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
+        return self.classify(self.dropout(self.aspp(feats[-1])))
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """ASPP, joined with the features of stride 4 (Chen et al., 2018: DeepLabV3+).
+
+    The features of layer1 are reduced to 48 channels and stand beside ASPP's upsampled
+    output; two 3x3 convolutions and the classifier follow at stride 4.
+
+    Args: as those of DeepLabV3Head.
+    """
+
+    def __init__(self, n_in: list[int], n_classes: int, stride: int,
+                 channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4):
+        super().__init__()
+        self.aspp = ASPP(n_in[-1], channels, stride, bn_momentum)
+        self.reduce = ConvBNReLU(n_in[0], 48, 1, bn_momentum=bn_momentum)
+        self.refine = nn.Sequential(
+            ConvBNReLU(channels + 48, channels, 3, bn_momentum=bn_momentum),
+            ConvBNReLU(channels, channels, 3, bn_momentum=bn_momentum))
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, n_classes, 1)
+
+    def forward(self, feats: list[Tensor]) -> Tensor:
+        """Four features of the backbone -> logits (b, classes, h/4, w/4)."""
+        fine = self.reduce(feats[0])                               # (b, 48, h/4, w/4)
+        x = resize(self.aspp(feats[-1]), fine.shape[2:])
+        x = self.refine(torch.cat([x, fine], 1))
+        return self.classify(self.dropout(x))
+
+
+# -- point-wise spatial attention ------------------------------------------------------
+
+class PSABranch(nn.Module):
+    """One direction of PSANet: the pixels' features, and what each asks of the others.
+
+    Args:
+        n_in: channels of the features.
+        grid: rows and columns that attention works on.
+        channels: of what is passed on.
+        bn_momentum: of every batch norm.
+    """
+
+    def __init__(self, n_in: int, grid: tuple[int, int], channels: int,
+                 bn_momentum: float):
+        super().__init__()
+        self.grid = grid
+        n_offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.reduce = ConvBNReLU(n_in, channels, 1, bn_momentum=bn_momentum)
+        self.attend = nn.Sequential(
+            ConvBNReLU(channels, channels, 1, bn_momentum=bn_momentum),
+            nn.Conv2d(channels, n_offsets, 1, bias=False))
+
+    def forward(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features and attention.
+
+        Args:
+            x: (b, n_in, h, w).
+            places: (n * n,) see PSAHead.
+
+        Returns:
+            (b, channels, n) and (b, n, n), n = rows * columns of the grid; [:, j, i] is
+            what pixel i gives to pixel j, before the softmax.
+        """
+        x = resize(self.reduce(x), self.grid)                      # (b, c, rows, cols)
+        n = self.grid[0] * self.grid[1]
+        maps = self.attend(x).flatten(1)                           # (b, offsets * n)
+        weights = maps.index_select(1, places).unflatten(1, (n, n))
+        return x.flatten(2), weights
+
+
+class PSAHead(nn.Module):
+    """Bi-directional point-wise spatial attention (Zhao et al., 2018: PSANet).
+
+    Each pixel predicts a weight for every offset around it, and so for every pixel of
+    the image. Collect: a pixel gathers the others by its own weights; distribute: it is
+    given the others by theirs. Both, projected, stand beside the features.
+
+    Its authors halve the features' sides, so that crops of one size fit the predicted
+    offsets. Here: the features are resized to a fixed grid, which is the same at crops
+    of 513 and the default grid, because images of any size and either output stride
+    shall be evaluated by it.
+
+    Args:
+        n_in: channels of each level of the features.
+        n_classes: of the logits.
+        grid: rows and columns that attention works on.
+        channels: of what is passed on, and of the last convolution.
+        dropout: share of the last features' channels dropped while training.
+        bn_momentum: of every batch norm.
+        concat: hand the features on beside the attention's output. Without it the head
+            costs what Table 1 of the EMANet paper says of PSANet.
+    """
+
+    def __init__(self, n_in: list[int], n_classes: int,
+                 grid: tuple[int, int] = (33, 33), channels: int = 512,
+                 dropout: float = 0.1, bn_momentum: float = 3e-4, concat: bool = True):
+        super().__init__()
+        self.concat = concat
+        self.collect = PSABranch(n_in[-1], grid, channels, bn_momentum)
+        self.distribute = PSABranch(n_in[-1], grid, channels, bn_momentum)
+        self.project = ConvBNReLU(2 * channels, n_in[-1], 1, bn_momentum=bn_momentum)
+        self.conv = ConvBNReLU((1 + concat) * n_in[-1], channels, 3,
+                               bn_momentum=bn_momentum)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, n_classes, 1)
+        # places: of each pair (j, i) of pixels, where the weight that pixel i has
+        # predicted for pixel j lies among all its weights for offsets
+        rows, columns = grid
+        y, x = torch.arange(rows), torch.arange(columns)
+        y, x = y[:, None] - y + rows - 1, x[:, None] - x + columns - 1  # [j, i]
+        offsets = y[:, None, :, None] * (2 * columns - 1) + x[None, :, None, :]
+        n = rows * columns
+        places = offsets.reshape(n, n) * n + torch.arange(n)
+        self.register_buffer('places', places.flatten(), False)
+
+    def forward(self, feats: list[Tensor]) -> Tensor:
+        """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
+        x = feats[-1]
+        found, weights = self.collect(x, self.places)
+        collected = found @ weights.softmax(1)                     # (b, c, n)
+        found, weights = self.distribute(x, self.places)
+        distributed = found @ weights.transpose(1, 2).softmax(1)   # (b, c, n)
+        both = torch.cat([collected, distributed], 1).unflatten(2, self.collect.grid)
+        both = resize(self.project(both.to(x.dtype)), x.shape[2:])  # (b, n_in, h, w)
+        x = torch.cat([x, both], 1) if self.concat else both
+        return self.classify(self.dropout(self.conv(x)))
+
+
+# -- units that take the EM attention unit's place -------------------------------------
+
+class NonLocal(nn.Module):
+    """The Non-local block with embedded Gaussian (Wang et al., 2018; figure 2).
+
+    Every pixel is the mixture of all pixels like it: EM attention whose bases are the
+    pixels themselves, without A_M and with one iteration (EMANet, section 6.2.2).
+
+    Args:
+        channels: of the input and of the output; inside there are half as many.
+        bn_momentum: of the batch norm, which starts at zero as its authors have it.
+    """
+
+    def __init__(self, channels: int, bn_momentum: float = 0.1):
+        super().__init__()
+        self.query = nn.Conv2d(channels, channels // 2, 1)
+        self.key = nn.Conv2d(channels, channels // 2, 1)
+        self.value = nn.Conv2d(channels, channels // 2, 1)
+        self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, bias=False),
+                                 nn.BatchNorm2d(channels, momentum=bn_momentum))
+        nn.init.zeros_(self.out[1].weight)
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Mix the values by how like their keys are to each query.
+
+        Args:
+            query, key: (b, n, c) and (b, m, c).
+            value: (b, m, d).
+
+        Returns:
+            (b, n, d).
+        """
+        return F.softmax(query @ key.transpose(1, 2), 2) @ value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, h, w) -> the same."""
+        query, key, value = (layer(x).flatten(2).transpose(1, 2)   # (b, n, c/2)
+                             for layer in (self.query, self.key, self.value))
+        y = self.attend(query, key, value).to(x.dtype)
+        return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class DoubleAttention(nn.Module):
+    """The A2 block (Chen et al., 2018; eq. 16 of the EMANet paper).
+
+    Gather: each of k maps, a softmax over the pixels, sums the features up into one
+    vector. Distribute: each pixel is a mixture of these vectors, a softmax over them.
+
+    Args:
+        channels: of the input and of the output; the features that are gathered are a
+            quarter of them.
+        bases: k; its authors take a quarter of the channels here too, we as many as the
+            EM attention unit has.
+        bn_momentum: of the batch norm.
+    """
+
+    def __init__(self, channels: int, bases: int = 64, bn_momentum: float = 0.1):
+        super().__init__()
+        n = max(channels // 4, 1)
+        self.phi = nn.Conv2d(channels, n, 1)
+        self.theta = nn.Conv2d(channels, bases, 1)
+        self.rho = nn.Conv2d(channels, bases, 1)
+        self.out = nn.Sequential(nn.Conv2d(n, channels, 1, bias=False),
+                                 nn.BatchNorm2d(channels, momentum=bn_momentum))
+
+    @staticmethod
+    def gather(x: Tensor, theta: Tensor) -> Tensor:
+        """Sum the features up: x (b, n, c), theta (b, n, k) -> (b, c, k)."""
+        return x.transpose(1, 2) @ F.softmax(theta, 1)
+
+    @staticmethod
+    def distribute(mu: Tensor, rho: Tensor) -> Tensor:
+        """Mix what was gathered: mu (b, c, k), rho (b, n, k) -> (b, n, c)."""
+        return F.softmax(rho, 2) @ mu.transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, h, w) -> the same."""
+        phi, theta, rho = (layer(x).flatten(2).transpose(1, 2)     # (b, n, c or k)
+                           for layer in (self.phi, self.theta, self.rho))
+        y = self.distribute(self.gather(phi, theta), rho).to(x.dtype)
+        return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class UnitHead(nn.Module):
+    """The EM attention head with another unit: fc0, unit, fc1, dropout, classifier.
+
+    Args:
+        n_in: channels of each level of the features.
+        n_classes: of the logits.
+        unit: (b, channels, h, w) -> the same.
+        channels: of fc0 and the unit.
+        fc1_channels: of fc1; 0 leaves fc1 and its dropout out.
+        dropout: share of fc1's channels dropped while training.
+        bn_momentum: of every batch norm.
+    """
+
+    def __init__(self, n_in: list[int], n_classes: int, unit: nn.Module, channels: int,
+                 fc1_channels: int = 256, dropout: float = 0.1,
+                 bn_momentum: float = 3e-4):
+        super().__init__()
+        self.fc0 = ConvBNReLU(n_in[-1], channels, 3, bn_momentum=bn_momentum)
+        self.unit = unit
+        self.fc1 = (ConvBNReLU(channels, fc1_channels, 3, bn_momentum=bn_momentum)
+                    if fc1_channels else nn.Identity())
+        self.dropout = nn.Dropout2d(dropout if fc1_channels else 0.0)
+        self.classify = nn.Conv2d(fc1_channels or channels, n_classes, 1)
+
+    def forward(self, feats: list[Tensor]) -> Tensor:
+        """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
+        x = self.unit(self.fc0(feats[-1]))
+        return self.classify(self.dropout(self.fc1(x)))

@@ -1,0 +1,516 @@
+"""mmsegmentation's checkpoints: its own numbers in ../shared/reference, where they are
+there, and small files in its layout; and what the checkpoint of every head is good for.
+"""
+import argparse
+import copy
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_eval import evaluate, read_json, refuses
+from torch import nn
+
+import checkpoint
+import eval as eval_script
+import inference
+import network
+import predict
+import recipes
+import runtime
+import settings
+
+REFERENCE = Path(__file__).parents[2] / 'shared' / 'reference'
+HEADS = ('ema', 'ema_mmseg', 'fcn', 'deeplabv3', 'deeplabv3plus', 'psanet', 'nonlocal',
+         'a2')
+SMALL = dict(N_LAYERS=18, STEM='v1c', HEAD='ema_mmseg', HEAD_CHANNELS=16,
+             FC1_CHANNELS=16, N_BASES=4, PSA_GRID=(3, 3), MULTI_GRID=(1, 1, 1),
+             STRIDE=8, AUX_WEIGHT=0.4, ALIGN_CORNERS=False)
+DEFAULTS = runtime.snapshot()
+# A config as mmcv writes it into `meta`, as far as it matters.
+CONFIG = """
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder',
+    pretrained='open-mmlab://resnet50_v1c',
+    backbone=dict(
+        type='ResNetV1c', depth=50, num_stages=4, out_indices=(0, 1, 2, 3),
+        dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1), norm_eval=False, style='pytorch',
+        contract_dilation=True),
+    decode_head=dict(
+        type='EMAHead', in_channels=2048, in_index=3, channels=256, ema_channels=512,
+        num_bases=64, num_stages=3, momentum=0.1, dropout_ratio=0.1, num_classes=19,
+        align_corners=False, loss_decode=dict(type='CrossEntropyLoss')),
+    auxiliary_head=dict(
+        type='FCNHead', in_channels=1024, in_index=2, channels=256, num_convs=1,
+        concat_input=False, num_classes=19, align_corners=False))
+img_norm_cfg = dict(
+    mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+"""
+
+
+def make_net(n_classes=5, seed=0, **values):
+    """A small network whose batch norms have lived, sure of different classes."""
+    for name, value in {**SMALL, **values}.items():
+        setattr(settings, name, value)  # put back after each test
+    torch.manual_seed(seed)
+    net = network.build(n_classes, is_eval=True)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean, 0, 0.1)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+            nn.init.uniform_(m.weight, 0.3, 0.7)
+            nn.init.normal_(m.bias, 0, 0.1)
+    last = classifier(net.head)
+    with torch.no_grad():
+        logits = inference.predict_logits(net, draw(40, 56)).flatten(1)
+        last.weight.div_(logits.std(1).view(-1, 1, 1, 1))
+        last.bias.sub_(logits.mean(1)).div_(logits.std(1))
+    return net
+
+
+def make_state(**values):
+    """The tensors of a small network, without memory."""
+    for name, value in {**SMALL, **values}.items():
+        setattr(settings, name, value)
+    with torch.device('meta'):
+        return network.build(5).state_dict()
+
+
+def classifier(head):
+    return head.fc2 if hasattr(head, 'fc2') else head.classify
+
+
+def draw(h, w, seed=0):
+    """A picture (3, h, w) of coloured blocks."""
+    values = np.random.default_rng(seed).integers(0, 256, (3, h // 8 + 1, w // 8 + 1))
+    return torch.from_numpy(values.repeat(8, 1).repeat(8, 2)[:, :h, :w].astype('uint8'))
+
+
+def as_mmseg(state, start=''):
+    """Our keys in mmsegmentation's names, by FACTS section 5."""
+    places = {'backbone.conv1': 'backbone.stem', 'backbone.bn1': 'backbone.stem.7',
+              'head.fc0': 'decode_head.ema_in_conv',
+              'head.emau.mu': 'decode_head.ema_module.bases',
+              'head.emau.conv1': 'decode_head.ema_mid_conv.conv',
+              'head.emau.conv2.0': 'decode_head.ema_out_conv.conv',
+              'head.emau.conv2.1': 'decode_head.ema_out_conv.bn',
+              'head.fc1': 'decode_head.bottleneck',
+              'head.conv_cat': 'decode_head.conv_cat',
+              'head.fc2': 'decode_head.conv_seg', 'aux.conv': 'auxiliary_head.convs.0',
+              'aux.classify': 'auxiliary_head.conv_seg'}
+    if 'backbone.conv1.weight' in state:  # its ResNetV1, with the plain stem
+        del places['backbone.conv1'], places['backbone.bn1']
+    renamed = {}
+    for key, value in state.items():
+        place = next((p for p in places if key == p or key.startswith(p + '.')), '')
+        renamed[start + places.get(place, '') + key[len(place):]] = value
+    assert len(renamed) == len(state)
+    return renamed
+
+
+def save_mmseg(net, path, start='', **meta):
+    """Write a network as mmcv does."""
+    torch.save({'meta': {'epoch': 1, 'iter': 80000, 'env_info': 'Linux', **meta},
+                'state_dict': as_mmseg(net.state_dict(), start),
+                'optimizer': {'state': {}, 'param_groups': []}}, path)
+    return path
+
+
+def load_built(path):
+    """Load a checkpoint into the network that its settings describe."""
+    content = checkpoint.load(path)
+    checkpoint.adopt_architecture(content['settings'])
+    net = network.build(checkpoint.n_classes_of(content['net']), is_eval=True)
+    checkpoint.load_net(net, content['net'], path)
+    return net, content
+
+
+def forget():
+    """Set the architecture to that of settings.py."""
+    for name in checkpoint.ARCHITECTURE:
+        setattr(settings, name, DEFAULTS[name])
+
+
+# -- the numbers of mmsegmentation -----------------------------------------------------
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+    """The path of mmsegmentation's EMANet-50, and what it computes."""
+    if not REFERENCE.is_dir():
+        pytest.skip(f'no reference numbers in {REFERENCE}')
+    spec = importlib.util.spec_from_file_location('make_weights',
+                                                  REFERENCE / 'make_weights.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    path = tmp_path_factory.mktemp('mmseg') / 'mmseg50.pth'
+    torch.save({'state_dict': module.make('mmseg50'), 'meta': {}}, path)
+    return path, np.load(REFERENCE / 'expected_mmseg.npz')
+
+
+def test_reference_logits(reference):
+    path, expected = reference
+    net, content = load_built(path)
+    assert net.align_corners is False and net.stride == 8
+    file = torch.load(path, weights_only=True)['state_dict']
+    own = net.state_dict()
+    assert len(file) == len(content['net']) == len(own)
+    assert sum(v.double().sum() for v in file.values()) == pytest.approx(
+        float(sum(v.double().sum() for v in own.values())), abs=1e-6)  # each was used
+
+    image = torch.from_numpy(expected['image']).permute(2, 0, 1)[None]
+    grids = [m.dilation for m in net.backbone.layer4.modules()
+             if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert grids == [(2, 2), (4, 4), (4, 4)]
+
+    def far(logits, name):
+        wanted = expected[name]
+        assert logits.shape[1:] == wanted.shape
+        return np.abs(logits[0].numpy() - wanted).max() / np.ptp(wanted)
+
+    with torch.inference_mode():
+        feats = net.backbone(net.normalise(image))
+        assert far(net.head(feats), 'logits') < 2e-5
+        assert far(net.aux(feats), 'auxiliary') < 2e-5
+        # and what is nearly right is told from it
+        net.set_stages(1)
+        assert far(net.head(feats), 'logits') > 2e-4
+        net.set_stages(3)
+        for m, rate in zip((b.conv2 for b in net.backbone.layer4), (4, 8, 16),
+                           strict=True):
+            m.dilation = m.padding = (rate, rate)
+        feats[3] = net.backbone.layer4(feats[2])
+        assert far(net.head(feats), 'logits') > 2e-3
+
+
+def test_reference_layout_is_strict(reference, tmp_path):
+    """One key less or more is named."""
+    path, _ = reference
+    file = torch.load(path, weights_only=True, mmap=True)
+    for change, part in (
+            (lambda s: s.pop('decode_head.conv_cat.bn.bias'),
+             'missing (head.conv_cat.bn.bias)'),
+            (lambda s: s.update({'decode_head.extra.weight': torch.zeros(1)}),
+             'unexpected (decode_head.extra.weight)')):
+        content = {**file, 'state_dict': dict(file['state_dict'])}
+        change(content['state_dict'])
+        content = checkpoint.convert_mmseg(content, path)
+        checkpoint.adopt_architecture(content['settings'])
+        with torch.device('meta'):
+            net = network.build(19, is_eval=True)
+        with pytest.raises(ValueError, match='is of another architecture') as caught:
+            checkpoint.load_net(net, content['net'], path)
+        assert part in str(caught.value) and '1 ' + part in str(caught.value)
+
+
+# -- the layout, with small networks ---------------------------------------------------
+
+MMCV = {'config': CONFIG, 'CLASSES': ['a', 'b', 'c', 'd', 'e'],
+        'PALETTE': [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [13, 14, 15]]}
+MMENGINE = {'cfg': CONFIG, 'seed': 3, 'dataset_meta': {
+    'classes': tuple(MMCV['CLASSES']), 'palette': MMCV['PALETTE'],
+    'reduce_zero_label': False, 'label_map': None}}
+
+
+@pytest.mark.parametrize('start', ['', 'module.'])
+@pytest.mark.parametrize('meta', [MMCV, MMENGINE, {}])
+def test_a_file_of_mmsegmentation_loads(start, meta, tmp_path):
+    net = make_net()
+    wanted = {name: getattr(settings, name) for name in checkpoint.ARCHITECTURE}
+    path = save_mmseg(net, tmp_path / 'x.pth', start, **meta)
+    forget()
+    settings.EM_LAMBDA = 2.0  # as an experiment's folder may have it
+    other, content = load_built(path)
+    assert {name: getattr(settings, name) for name in checkpoint.ARCHITECTURE
+            } == {**wanted, 'PSA_GRID': (33, 33)}
+    assert content['step'] == 80000 and 'optimizer' not in content
+    assert set(other.state_dict()) == set(net.state_dict()) == set(content['net'])
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in content['net'].items())
+    image = draw(50, 71)
+    assert torch.equal(inference.predict_logits(other, image),
+                       inference.predict_logits(net, image))
+    classes, palette = checkpoint.describe_classes(content)
+    assert len(palette) == 768
+    if meta:
+        assert classes == MMCV['CLASSES'] and palette[:18] == [*range(1, 16), 0, 0, 0]
+    else:
+        assert classes == [f'class {i}' for i in range(5)]
+    assert content['run'].get('given', {}) == {}
+
+
+def test_its_normalisation_is_ours():
+    """123.675 and the like, to the last bit of float32."""
+    net = make_net()
+    assert net.mean.flatten().tolist() == np.float32([123.675, 116.28, 103.53]).tolist()
+    assert net.std.flatten().tolist() == np.float32([58.395, 57.12, 57.375]).tolist()
+    found = checkpoint.convert_mmseg({'state_dict': as_mmseg(net.state_dict())}, 'x')
+    assert found['settings']['MEAN'] == DEFAULTS['MEAN']
+    assert found['settings']['STD'] == DEFAULTS['STD']
+
+
+@pytest.mark.parametrize('values', [
+    dict(STEM='plain'), dict(STEM='deep'), dict(AUX_WEIGHT=0.0), dict(HEAD='ema'),
+    dict(STRIDE=16), dict(N_LAYERS=34), dict(N_LAYERS=101)])
+def test_its_variants_are_read_off_the_file(values):
+    state, config = make_state(**values), CONFIG
+    if settings.STRIDE == 16:
+        config = config.replace('dilations=(1, 1, 2, 4)', 'dilations=(1, 1, 1, 2)')
+    content = checkpoint.convert_mmseg(
+        {'state_dict': as_mmseg(state), 'meta': {'config': config}}, 'x.pth')
+    assert list(content['net']) == list(state)
+    found = {**SMALL, **values}
+    del found['PSA_GRID']
+    assert {name: content['settings'][name] for name in found} == found
+
+
+@pytest.mark.parametrize('text, wanted', [
+    ('', dict(ALIGN_CORNERS=False, STRIDE=8, STAGE_NUM=3)),
+    (CONFIG, dict(ALIGN_CORNERS=False, STRIDE=8, STAGE_NUM=3)),
+    ('align_corners=True', dict(ALIGN_CORNERS=True, STRIDE=8, STAGE_NUM=3)),
+    (CONFIG.replace('align_corners=False', 'align_corners=True', 1),  # the first head's
+     dict(ALIGN_CORNERS=True, STRIDE=8, STAGE_NUM=3)),
+    (CONFIG.replace('backbone=dict(', 'neck=dict(align_corners=True), backbone=dict('),
+     dict(ALIGN_CORNERS=False)),
+    (CONFIG.replace('num_stages=3', 'num_stages=5'), dict(STAGE_NUM=5)),
+    # as newer versions lay it out, and as a dictionary prints
+    ('dilations=(\n    1,\n    1,\n    1,\n    2,\n),\ndecode_head=dict(\n'
+     '    align_corners=True,\n    num_stages=2)',
+     dict(ALIGN_CORNERS=True, STRIDE=16, STAGE_NUM=2)),
+    (repr({'decode_head': {'num_stages': 4, 'align_corners': True}}),
+     dict(ALIGN_CORNERS=True, STAGE_NUM=4))])
+@pytest.mark.parametrize('key', ['config', 'cfg'])
+def test_what_the_config_says(text, wanted, key):
+    state = as_mmseg(make_state())
+    found = checkpoint.convert_mmseg({'state_dict': state, 'meta': {key: text}}, 'x')
+    assert {name: found['settings'][name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize('change, part', [
+    (lambda s: s.pop('decode_head.ema_module.bases'), 'with another head than EMAHead'),
+    (lambda s: s.pop('decode_head.ema_in_conv.conv.weight'), 'is incomplete'),
+    (lambda s: s.update({'backbone.bn1.bias': s['backbone.stem.7.bias']}),
+     'two tensors for one place'),
+    ("style='caffe'", "with style='caffe"), ('dilations=(1, 1, 2, 2)', '(1, 1, 2, 2)'),
+    ('contract_dilation=False', 'with contract_dilation=False'),
+    ('multi_grid=(1, 2, 4)', 'with multi_grid=(1'),
+    ('bgr_to_rgb=False', 'with to_rgb=False'),
+    ('mean=[103.53, 116.28, 123.675]', 'with mean=[103.53')])
+def test_what_is_refused(change, part, tmp_path):
+    state = as_mmseg(make_net(AUX_WEIGHT=0.0).state_dict())
+    meta = {'config': change} if isinstance(change, str) else {}
+    if callable(change):
+        change(state)
+    torch.save({'state_dict': state, 'meta': meta}, tmp_path / 'x.pth')
+    with pytest.raises(ValueError) as caught:
+        checkpoint.load(tmp_path / 'x.pth')
+    sentence = str(caught.value)
+    assert part in sentence and 'x.pth' in sentence and '\n' not in sentence
+
+
+def test_mmengines_message_hub_is_refused(tmp_path):
+    content = {'state_dict': {}, 'meta': {}, 'message_hub': {'loss': np.float64(1.0)}}
+    torch.save(content, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='save its state_dict and meta by themselves'):
+        checkpoint.load(tmp_path / 'x.pth')
+
+
+# -- the order of the classes ----------------------------------------------------------
+
+def words_of(voc, tmp_path, path):
+    return ['DATASET=voc', f'DATA_ROOT={voc}', f'LOG_DIR={tmp_path}', 'DEVICE=cpu',
+            'PRECISION=fp32', 'N_WORKERS=0', f'CHECKPOINT={path}']
+
+
+def test_eval_takes_it_with_its_own_order(voc, tmp_path, capsys):
+    """A file whose classes stand in another order, and are spelled a little otherwise,
+    scores as one in the order of the data set does."""
+    net = make_net(21)
+    order = np.random.default_rng(1).permutation(21).tolist()
+    names = [recipes.VOC[i].upper().replace('DININGTABLE', 'Dining_Table').replace(
+        'TVMONITOR', 'tv / monitor') for i in order]
+    plain = save_mmseg(net, tmp_path / 'plain.pth', config=CONFIG,
+                       CLASSES=list(recipes.VOC))
+    wanted = inference.predict_logits(net, draw(30, 45))
+    for last in (net.head.fc2, net.aux.classify):
+        for tensor in (last.weight, last.bias):
+            tensor.data = tensor.data[order]
+    mixed = save_mmseg(net, tmp_path / 'mixed.pth', 'module.', config=CONFIG,
+                       CLASSES=names)
+    forget()
+    assert evaluate(*words_of(voc, tmp_path, plain)) == 0
+    text = capsys.readouterr().out
+    assert 'order' not in text and "HEAD = 'ema_mmseg' as in the checkpoint" in text
+    assert 'plain.pth, step 80000, stride 8, T = 3' in text
+    evaluate(*words_of(voc, tmp_path, mixed))
+    assert f'{mixed}: its classes are put into the order of voc' in (
+        capsys.readouterr().out)
+    found = [read_json(tmp_path, f'voc_val_{name}') for name in ('plain', 'mixed')]
+    assert found[0]['confusion'] == found[1]['confusion']
+    assert np.count_nonzero(np.sum(found[0]['confusion'], 0)) > 4  # classes predicted
+    assert found[0]['settings']['ALIGN_CORNERS'] is False
+
+    (net,), _, _ = eval_script.load_networks([mixed], (), {'DATASET': 'voc'})
+    assert torch.equal(inference.predict_logits(net, draw(30, 45)), wanted)
+    assert 'give the DATASET' in refuses(
+        *words_of(voc, tmp_path, mixed), 'DATASET=cityscapes')
+
+
+def make_content(names, **found):
+    rows = torch.arange(len(names))
+    return {'net': {'head.fc2.weight': rows, 'head.fc2.bias': -rows,
+                    'aux.classify.bias': rows, 'head.fc0.weight': rows},
+            'run': {'classes': names}, 'settings': found, 'step': 0}
+
+
+def test_the_order_of_context():
+    """mmsegmentation has its classes in alphabetical order, and spells three otherwise.
+    """
+    theirs = {'bedcloth': 'bedclothes', 'clothes': 'cloth', 'diningtable': 'table'}
+    ours = {theirs.get(name, name): i for i, name in enumerate(recipes.CONTEXT)}
+    names = ['background', *sorted(set(ours) - {'background'})]
+    assert names[1:6] == ['aeroplane', 'bag', 'bed', 'bedclothes', 'bench']
+    for skip, classes in ((0, recipes.CONTEXT), (1, recipes.CONTEXT[1:])):
+        content = make_content(names[skip:])
+        settings.DATASET = 'context59' if skip else 'context'
+        line, = checkpoint.sort_classes(content, classes, 'x.pth')
+        assert f'order of {settings.DATASET}' in line
+        rows = content['net']['head.fc2.weight'].tolist()
+        assert [ours[names[skip:][i]] - skip for i in rows] == list(range(60 - skip))
+        assert content['net']['head.fc2.bias'].tolist() == [-i for i in rows]
+        assert content['net']['aux.classify.bias'].tolist() == rows
+        assert content['net']['head.fc0.weight'].tolist() == list(range(60 - skip))
+
+
+def test_names_that_differ():
+    settings.DATASET = 'coco_voc'
+    names = [*recipes.VOC[:-1], 'zebra']
+    for own, told in ((names, 'zebra'), ([*recipes.VOC[:-1], 'sofa'], 'background, '),
+                      ([f'class {i}' for i in range(21)], 'class0, class1, class2')):
+        with pytest.raises(ValueError) as caught:
+            checkpoint.sort_classes(make_content(own, DATASET='folder'), recipes.VOC,
+                                    'x.pth')
+        assert f'than those of the data set coco_voc, {told}' in str(caught.value)
+        # of the data set that it was trained on: someone has renamed a class
+        content = make_content(own, DATASET='coco_voc')
+        assert checkpoint.sort_classes(content, recipes.VOC, 'x.pth') == []
+        assert content['net']['head.fc2.weight'].tolist() == list(range(21))
+    for own in ((), recipes.VOC):
+        content = make_content(own)
+        assert checkpoint.sort_classes(content, recipes.VOC, 'x.pth') == []
+
+
+# -- without aligned corners -----------------------------------------------------------
+
+@pytest.mark.parametrize('stride', [8, 16])
+def test_images_are_padded_to_multiples(stride):
+    """And a feature lies in the middle of its block of pixels, on the left as right."""
+    for size in range(1, 70):
+        wanted = next(n for n in range(size, 200) if n % stride == 0)
+        assert inference.padded_size(size, stride, False) == wanted
+    net = make_net(STRIDE=stride).double()
+    image = draw(30, 41)
+    found = inference.predict_logits(net, image)
+    h, w = (-(-n // stride) * stride for n in (30, 41))
+    x = torch.zeros(1, 3, h, w, dtype=torch.float64)
+    x[..., :30, :41] = net.normalise(image[None])
+    with torch.no_grad():
+        small = net.head(net.backbone(x))[0]
+    assert small.shape[1:] == (h // stride, w // stride)
+    rows, columns = (torch.arange(n).double().add(0.5).div(stride).sub(0.5).clamp(
+        0, n_small - 1) for n, n_small in zip((30, 41), small.shape[1:], strict=True))
+    weights = [(1 - (at[:, None] - torch.arange(n)).abs()).clamp(0)
+               for at, n in zip((rows, columns), small.shape[1:], strict=True)]
+    wanted = weights[0] @ small @ weights[1].T
+    assert (found - wanted).abs().max() < 1e-10
+    assert (inference.Predictor([copy.deepcopy(net)]).predict([image])[0][0]
+            - wanted.softmax(0)).abs().max() < 1e-10
+
+
+def test_blocks_and_batches_without_aligned_corners():
+    net = make_net().double()
+    images = [draw(40, 57), draw(38, 60, 1), draw(1, 9, 2)]
+    predictor = inference.Predictor([copy.deepcopy(net)], batch=3)
+    for image, found in zip(images, predictor.predict(images), strict=True):
+        wanted = inference.predict_logits(net, image).softmax(0)
+        assert (found[0] - wanted).abs().max() < 1e-10
+    image, times = draw(150, 130), torch.zeros(150, 130)
+    for rows, columns, part in predictor.predict_blocks(image, 6000, 16):
+        times[rows, columns] += 1
+        assert part.shape[2:] == times[rows, columns].shape
+    assert (times == 1).all()
+
+
+def test_responsibilities_without_aligned_corners():
+    net, image = make_net(), draw(41, 57).permute(1, 2, 0).numpy()
+    shown = predict.find_responsibilities(inference.Predictor([net]), image, [])
+    assert shown.maps.shape == (3, 4, 6, 8) and shown.stride == 8
+    assert np.abs(shown.maps.sum(1) - 1).max() < 1e-5
+
+
+# -- the checkpoint of every head ------------------------------------------------------
+
+@pytest.mark.parametrize('head', HEADS)
+def test_folding_changes_no_logits(head):
+    net = make_net(HEAD=head, STEM='plain', AUX_WEIGHT=0.0).double()
+    image = draw(40, 57)
+    before = inference.predict_logits(net, image)
+    folded = inference.fold(copy.deepcopy(net))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    after = inference.predict_logits(folded, image)
+    assert (after - before).abs().max() < 1e-9 * before.abs().max()
+
+
+def run_predict(*words):
+    """Run predict.py's main in this process; return its exit status."""
+    before = runtime.snapshot()
+    try:
+        given = runtime.override([str(word) for word in words if '=' in str(word)])
+        return predict.main(argparse.Namespace(
+            given=given, others=[str(word) for word in words if '=' not in str(word)],
+            **OPTIONS))
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
+
+
+OPTIONS = dict(out='', overwrite=False, no_overlays=True, probabilities=False,
+               responsibilities=False, bases='', memory=4, export='', labels=False)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_every_heads_checkpoint(head, voc, tmp_path, capsys, monkeypatch):
+    """It tells its classes, loads without a word, evaluates and predicts."""
+    net = make_net(21, HEAD=head, STEM='plain', AUX_WEIGHT=0.0, STRIDE=16,
+                   ALIGN_CORNERS=head != 'ema_mmseg')
+    run = {'classes': list(recipes.VOC), 'palette': recipes.voc_palette()}
+    path = tmp_path / 'x.pth'
+    checkpoint.save({'net': net.state_dict(), 'step': 7, 'run': run,
+                     'settings': runtime.snapshot()}, path)
+    forget()
+    other, content = load_built(path)
+    assert checkpoint.n_classes_of(content['net']) == 21
+    image = draw(40, 57)
+    assert torch.equal(inference.predict_logits(other, image),
+                       inference.predict_logits(net, image))
+    forget()
+    words = words_of(voc, tmp_path, path)
+    assert evaluate(*words) == 0
+    has_em = head.startswith('ema')
+    assert (', T = 3' in capsys.readouterr().out) == has_em
+    assert read_json(tmp_path, 'voc_val_x')['stages'] == 3 * has_em
+    if not has_em:
+        assert 'leave --stages out' in refuses(*words, stages='1,2')
+
+    picture, out = tmp_path / 'a.png', tmp_path / 'out'
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(picture)
+    monkeypatch.setitem(OPTIONS, 'out', str(out))
+    words = [picture, f'CHECKPOINT={path}', 'DEVICE=cpu', 'PRECISION=fp32']
+    assert run_predict(*words) == 0
+    wanted = inference.predict_logits(net, image).argmax(0).numpy()
+    assert (np.asarray(Image.open(out / 'masks/a.png')) == wanted).mean() > 0.999
+    if not has_em:
+        monkeypatch.setitem(OPTIONS, 'responsibilities', True)
+        with pytest.raises(ValueError, match='no EM attention unit'):
+            run_predict(*words)
