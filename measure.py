@@ -1,6 +1,7 @@
 """Measure the model in settings: what it costs, and how fast it runs here.
 
     python measure.py cost N_LAYERS=50               # parameters and operations
+    python measure.py table1                         # of all heads, beside the paper
     python measure.py speed N_LAYERS=50 DATA_ROOT=... TRAIN_SPLIT=train
 
 `speed` runs our loader, training step and evaluation in turn with the released code's
@@ -11,9 +12,9 @@ import runtime
 
 
 def add_options(parser) -> None:
-    parser.add_argument('what', choices=('cost', 'speed'))
+    parser.add_argument('what', choices=('cost', 'table1', 'speed'))
     parser.add_argument('--size', type=int, default=513, metavar='PIXELS',
-                        help='side of the image that cost counts (513)')
+                        help='side of the image that is counted (513)')
     parser.add_argument('--only', default='loader,step,evaluation,memory',
                         help='parts of speed, with commas between')
     parser.add_argument('--rounds', type=int, default=5,
@@ -41,7 +42,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import dataset
@@ -49,52 +49,9 @@ import inference
 import metric
 import network
 import settings
+from measurement import cost
 
 EVAL_SIZE = (513, 513)  # (h, w) of the picture that is evaluated, as in Table 1
-
-
-# -- cost ------------------------------------------------------------------------------
-
-def count_parameters(net: nn.Module) -> int:
-    """Count parameters, and bases also where they are moved by averaging."""
-    bases = sum(m.mu.numel() for m in net.modules() if isinstance(m, network.EMAU)
-                and not isinstance(m.mu, nn.Parameter))
-    return sum(p.numel() for p in net.parameters()) + bases
-
-
-def count_operations(net: network.Segmenter, size: int) -> tuple[int, int]:
-    """Count the multiply-adds of backbone and head for one square image.
-
-    Args:
-        net: is moved to the meta device, where nothing is computed.
-        size: side of the image in pixels.
-
-    Returns:
-        (backbone, head). Convolutions and matrix products count; FLOPs are twice that.
-    """
-    net = net.to('meta').eval()
-    x = torch.zeros(1, 3, size, size, device='meta')
-    with FlopCounterMode(display=False) as counter:
-        feats = net.backbone(x)
-    backbone = counter.get_total_flops() // 2
-    with FlopCounterMode(display=False) as counter:
-        net.head(feats)
-    return backbone, counter.get_total_flops() // 2
-
-
-def measure_cost(size: int) -> dict:
-    """Print and return parameters, multiply-adds and FLOPs of backbone and head."""
-    net = network.build(len(dataset.get_facts()['classes']), is_eval=True)
-    counts = [count_parameters(net.backbone), count_parameters(net.head)]
-    operations = count_operations(net, size)
-    rows = {'backbone': (counts[0], operations[0]), 'head': (counts[1], operations[1]),
-            'together': (sum(counts), sum(operations))}
-    print(f'{size}x{size} image, output stride {net.stride}; bases are counted\n'
-          f'{"":10}{"parameters":>14}{"multiply-adds":>16}{"FLOPs":>12}')
-    for name, (n, macs) in rows.items():
-        print(f'{name:10}{n / 1e6:12.3f} M{macs / 1e9:14.2f} G{macs / 5e8:10.2f} G')
-    return {'size': size, **{name: {'parameters': n, 'multiply_adds': macs}
-                             for name, (n, macs) in rows.items()}}
 
 
 # -- the released code's manner --------------------------------------------------------
@@ -291,8 +248,9 @@ def measure_evaluation(rounds: int, device: torch.device, n_classes: int) -> dic
     def theirs():
         h, w = EVAL_SIZE
         x = plain.normalise(image[None].contiguous().to(device))
-        x = F.pad(x, (0, inference.padded_size(w, plain.stride) - w,
-                      0, inference.padded_size(h, plain.stride) - h))
+        grid = plain.stride, plain.align_corners
+        x = F.pad(x, (0, inference.padded_size(w, *grid) - w,
+                      0, inference.padded_size(h, *grid) - h))
         with torch.no_grad():
             y = plain(x).argmax(1)[0, :h, :w].cpu().numpy()
         return np.bincount(label.numpy().ravel() * n_classes + y.ravel(),
@@ -301,7 +259,7 @@ def measure_evaluation(rounds: int, device: torch.device, n_classes: int) -> dic
     sides = {f'ours {p}': (lambda p=p: ours(p)) for p in predictors}
     result = report('evaluation', alternate({**sides, 'reference manner': theirs},
                                             rounds, device), 1)
-    operations = 2 * sum(count_operations(copy.deepcopy(plain), EVAL_SIZE[0]))
+    operations = 2 * sum(cost.count_operations(copy.deepcopy(plain), EVAL_SIZE[0]))
     for precision in predictors if settings.EVAL_MODE == 'single' else ():
         peak, side = measure_peak(device, precision), result[f'ours {precision}']
         side['peak_flops'] = peak
@@ -415,7 +373,10 @@ def main(args: argparse.Namespace) -> None:
         found = checkpoint.load(settings.CHECKPOINT)['settings']
         checkpoint.adopt_architecture(found)
     if args.what == 'cost':
-        result = measure_cost(args.size)
+        result = cost.measure_cost(args.size)
+    elif args.what == 'table1':
+        result = cost.measure_table_1(args.size)
+        result['environment'] = runtime.describe_environment(runtime.pick_device())
     else:
         parts = args.only.split(',')
         unknown = set(parts) - {'loader', 'step', 'evaluation', 'memory'}
@@ -440,9 +401,12 @@ def main(args: argparse.Namespace) -> None:
     out = Path(settings.LOG_DIR)
     out.mkdir(parents=True, exist_ok=True)
     result['settings'] = runtime.snapshot()
-    text = runtime.as_json(result) + '\n'
-    runtime.write_text(out / f'measure_{args.what}.json', text)
-    print(f'numbers: {out}/measure_{args.what}.json')
+    files = {'md': result.pop('markdown', ''), 'json': runtime.as_json(result) + '\n'}
+    for kind, text in files.items():
+        if text:
+            runtime.write_text(out / f'measure_{args.what}.{kind}', text)
+    print('numbers: ' + ', '.join(f'{out}/measure_{args.what}.{kind}'
+                                  for kind, text in files.items() if text))
 
 
 if __name__ == '__main__':
