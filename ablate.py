@@ -1,0 +1,328 @@
+"""Make, run and report ablations: one folder an experiment, as one would by hand.
+
+    python ablate.py list
+    python ablate.py make bases iterations runs/study --scale laptop --seeds 1,2,3
+    python ablate.py make heads runs/heads --scale short DATA_ROOT=/data/VOC2012
+    python ablate.py run runs/study --jobs 2         # the same command goes on
+    python ablate.py run runs/heads --devices cuda:0,cuda:1
+    python ablate.py report runs/study/results.json --out docs/ablations.md
+
+`make` copies this folder for each variant and seed, rewrites the lines of settings.py
+that differ and links the weights and data; NAME=VALUE words hold for all of them. `run`
+trains and evaluates what is not finished, and keeps all results in DIR/results.json.
+"""
+import runtime
+from ablation.experiments import EXPERIMENTS, SCALES
+
+
+def add_options(parser) -> None:
+    parser.add_argument('--scale', default='', metavar='|'.join(SCALES),
+                        help="make: on which recipe (paper, or that of DIR's folders)")
+    parser.add_argument('--seeds', default='1', metavar='S,S,...',
+                        help='make: a folder for each of these (1)')
+    parser.add_argument('--jobs', type=int, default=0, metavar='N',
+                        help='run: so many folders at a time (1, or one a device)')
+    parser.add_argument('--devices', default='', metavar='D,D,...',
+                        help='run: where, as in cuda:0,cuda:1; otherwise as settings '
+                             'say')
+    parser.add_argument('--again', action='store_true',
+                        help='run: try again what has failed')
+    parser.add_argument('--out', default='docs/ablations.md', metavar='FILE',
+                        help='report: the Markdown file (docs/ablations.md); its '
+                             'pictures go to a folder of its name')
+
+
+if __name__ == '__main__':
+    names = f'\nexperiments: {", ".join(EXPERIMENTS)}'
+    args = runtime.read_command_line(__doc__ + names, add_options,
+                                     'list|make|run|report')
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import recipes
+from ablation import running
+
+SOURCES = ('.py', '.md', '.sh', '.toml', '.txt')  # files that are copied
+# Folders that a copy shares or does without.
+NOT_COPIED = ('data', 'models', 'docs', 'logdir', 'runs', 'predictions')
+PATHS = ('DATA_ROOT', 'MODEL_DIR', 'PRETRAINED', 'INIT_FROM', 'CACHE')
+NOT_SHARED = ('SEED', 'LOG_DIR', 'RESUME', 'CHECKPOINT')  # a folder has its own
+
+
+# -- what is to be made ----------------------------------------------------------------
+
+def resolve(recipe: str, words: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of a recipe with words on top, of which RECIPE is ''."""
+    runtime.apply({**running.read_settings(runtime.HERE), 'RECIPE': ''})
+    runtime.apply({**words, 'RECIPE': recipe})
+    return {**runtime.snapshot(), 'RECIPE': '', 'LOG_DIR': 'logdir'}
+
+
+def anchor(values: dict[str, Any], words: dict[str, Any]) -> dict[str, Any]:
+    """Make the relative paths among settings absolute, but for what will be linked.
+
+    Args:
+        values: all settings.
+        words: those of the command line, whose paths are of the working directory.
+    """
+    values = dict(values)
+    for name in PATHS:
+        path = Path(values[name])
+        is_word = (name == 'PRETRAINED' and '/' not in values[name]
+                   and not path.is_file())
+        if not path.parts or is_word or name not in words and (
+                path.parts[0] in ('data', 'models')):
+            continue
+        values[name] = str((Path.cwd() if name in words else runtime.HERE) / path)
+    return values
+
+
+def plan_folders(names: list[str], scale: str, seeds: tuple[int, ...],
+                 words: dict[str, Any]) -> tuple[dict, dict[str, dict]]:
+    """Decide which folders experiments need; equal ones are made once.
+
+    Args:
+        names: of the experiments.
+        scale: a key of SCALES.
+        seeds: of the runs.
+        words: settings for all folders; RECIPE takes the place of the scale's.
+
+    Returns:
+        The settings of the baseline, and for each folder's name its `values` (all
+        settings), `seed`, `serves` (pairs of experiment and variant) and `after`, the
+        folder whose weights it starts from, or ''.
+
+    Raises:
+        ValueError: in a sentence.
+    """
+    recipe = words.get('RECIPE', '') or SCALES[scale]
+    runtime.known(recipe, recipes.RECIPES, 'recipe')
+    base, folders = anchor(resolve(recipe, words), words), {}
+    for seed in seeds:
+        for experiment in names:
+            about, before, n_stages = EXPERIMENTS[experiment], '', 0
+            if about.get('chain') and scale != 'paper':
+                raise ValueError(f'{experiment} has recipes of its own, so --scale '
+                                 f'{scale} says nothing: take --scale paper, and words '
+                                 'to make it small, as in ITER_MAX=100')
+            for label, variant in about['variants'].items():
+                start = base
+                if 'recipe' in variant:
+                    start = anchor(resolve(variant['recipe'], words), words)
+                    n_stages += 1
+                    if before:
+                        start['INIT_FROM'] = f'../{before}/logdir/final.pth'
+                    elif 'INIT_FROM' not in words:
+                        start['INIT_FROM'] = ''
+                values = {**start, **variant.get('settings', {}), 'SEED': seed}
+                name = name_folder(values, start, n_stages)
+                folder = folders.setdefault(
+                    name, {'values': values, 'seed': seed, 'serves': [],
+                           'after': before})
+                if folder['values'] != values:
+                    raise ValueError(f'{experiment}, {label}: another variant with '
+                                     f'other settings is called {name} too: make the '
+                                     'two in different folders')
+                folder['serves'].append([experiment, label])
+                before = name if about.get('chain') else ''
+    return base, folders
+
+
+def name_folder(values: dict[str, Any], base: dict[str, Any], stage: int = 0) -> str:
+    """Name a folder after its head and what differs from the baseline.
+
+    Args:
+        values: all settings.
+        base: those of the baseline.
+        stage: of a chain, from 1; 0 is no chain.
+    """
+    head = 'emanet' if values['HEAD'] == 'ema' else values['HEAD']
+    parts = [f'{head}{"_" * head[-1].isdigit()}{values["N_LAYERS"]}']
+    told = {'HEAD', 'N_LAYERS', 'SEED', 'INIT_FROM'}
+    if values['HEAD'] in running.ITERATE:
+        parts += [values['EM_UPDATE'], values['EM_NORM'],
+                  f'{values["STAGE_NUM"]}stages']
+        told |= {'EM_UPDATE', 'EM_NORM', 'STAGE_NUM'}
+    parts += [f'stage{stage}'] * bool(stage)
+    for name, value in values.items():
+        if name not in told and value != base[name]:
+            short = re.sub('^(em|n)_', '', name.lower())
+            text = runtime.show_value(value).replace(',', '-')
+            parts.append(f'{short}_{re.sub("[^a-z0-9.+-]", "-", text.lower())}')
+    return '.'.join([*parts, f'seed{values["SEED"]}'])
+
+
+# -- make ------------------------------------------------------------------------------
+
+def make(names: list[str], root: Path, scale: str, seeds: tuple[int, ...],
+         words: dict[str, Any]) -> None:
+    """Make the folders of experiments; those that are there already are left alone.
+
+    Args:
+        names: of the experiments.
+        root: folder that they are made in.
+        scale, seeds, words: see plan_folders; '' and no words are those of the folders
+            that are there, or the scale `paper`.
+
+    Raises:
+        ValueError, OSError: in a sentence, before anything is written.
+    """
+    plan = running.read_plan(root) if (root / running.PLAN).exists() else {}
+    scale = scale or plan.get('scale', 'paper')
+    for name in names:
+        runtime.known(name, EXPERIMENTS, 'experiment')
+    for name in NOT_SHARED:
+        if name in words:
+            raise ValueError(f'{name} is set in each folder: give seeds as --seeds 1,2,'
+                             '3, and leave the others out')
+    if not words:
+        words = {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in plan.get('words', {}).items()}
+    base, folders = plan_folders(names, runtime.known(scale, SCALES, 'scale'), seeds,
+                                 words)
+    defaults = running.read_settings(runtime.HERE)
+    study = {'scale': scale, 'recipe': words.get('RECIPE', '') or SCALES[scale],
+             'words': {name: base.get(name) if name in PATHS else value
+                       for name, value in words.items()},
+             'base': running.differences(base, defaults)}
+    for key, value in study.items():
+        if plan and plan[key] != running.as_read(value):
+            raise ValueError(f'{root} was made with {key} {plan[key]}, now it is '
+                             f'{running.as_read(value)}: give the same scale, words '
+                             'and settings.py, or another folder')
+    for name, folder in folders.items():
+        if (root / name).exists():
+            check_same(root / name, folder['values'])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f'cannot make the folder {root} ({error}): give another one'
+                      ) from None
+    source, n_made = describe_source(), 0
+    entries = plan.get('folders', {})
+    for name, folder in folders.items():
+        if not (root / name).exists():
+            make_folder(root / name, folder['values'])
+            n_made += 1
+        known = entries.get(name, {'serves': [], 'source': source})
+        serves = known['serves'] + [pair for pair in folder['serves']
+                                    if pair not in known['serves']]
+        entries[name] = {'seed': folder['seed'], 'after': folder['after'],
+                         'serves': serves, 'source': known['source']}
+    running.write_json(root / running.PLAN, {**study, 'folders': entries})
+    print(f'{root}: {n_made} folders made, {len(folders) - n_made} were there; '
+          f'{scale} scale, recipe {study["recipe"]}\n'
+          f'next: python ablate.py run {root}')
+
+
+def check_same(folder: Path, values: dict[str, Any]) -> None:
+    """Raise where a folder that is there has other settings than it would get."""
+    there = running.read_settings(folder)
+    for name in {**values, **there}:
+        if there.get(name) != values.get(name):
+            raise ValueError(
+                f'{folder} is there with {name} = {there.get(name)!r}, but '
+                f'{values.get(name)!r} is wanted, so nothing was made: move it away, '
+                'or give another folder')
+
+
+def make_folder(folder: Path, values: dict[str, Any]) -> None:
+    """Copy this folder with other settings; it appears when it is whole.
+
+    Args:
+        folder: is made.
+        values: all settings.
+    """
+    here, temporary = runtime.HERE, folder.with_name('.making')
+    shutil.rmtree(temporary, ignore_errors=True)  # of a make that was killed
+    temporary.mkdir()
+    for path in sorted(here.iterdir()):
+        if path.is_file() and (path.suffix in SOURCES or path.name == '.gitignore'):
+            shutil.copy2(path, temporary)
+        elif path.is_dir() and path.name not in NOT_COPIED and any(path.glob('*.py')):
+            shutil.copytree(path, temporary / path.name, ignore=shutil.ignore_patterns(
+                '__pycache__', '.*', '*.pth'))
+    (temporary / 'settings.py').write_text(runtime.rewrite_settings(
+        (here / 'settings.py').read_text(encoding='utf-8'), values), encoding='utf-8')
+    (temporary / 'models').mkdir()
+    for path in sorted((here / 'models').glob('*')):
+        if path.suffix == '.pth':
+            os.symlink(path.resolve(), temporary / 'models' / path.name)
+        elif path.suffix in SOURCES:
+            shutil.copy2(path, temporary / 'models')
+    if (here / 'data').is_dir():
+        os.symlink((here / 'data').resolve(), temporary / 'data')
+    os.replace(temporary, folder)
+
+
+def describe_source() -> str:
+    """Return the commit of this folder, where it is under git."""
+    try:
+        done = subprocess.run(['git', '-C', str(runtime.HERE), 'describe', '--always',
+                               '--dirty', '--exclude=*'], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
+        return 'no git here'
+    return done.stdout.strip() or 'not under git'
+
+
+# -- the command line ------------------------------------------------------------------
+
+def show_list() -> None:
+    """Print the experiments with their variants, and the scales."""
+    for name, about in EXPERIMENTS.items():
+        print(f'{name}: {about["about"]}')
+        for label, variant in about['variants'].items():
+            words = ' '.join(f'{key}={runtime.show_value(value)}' for key, value in
+                             variant.get('settings', variant).items()
+                             if key not in ('paper', 'paper_note'))
+            print(f'    {label:32} {words or "the baseline"}')
+    print('\nscales (--scale), which differ by their recipe only:')
+    for scale, recipe in SCALES.items():
+        print(f'    {scale:7} RECIPE={recipe}: '
+              f'{recipes.RECIPES.get(recipe, {}).get("about", "")}')
+
+
+def main(args: argparse.Namespace) -> int | None:
+    """Do what the first word says."""
+    what, *others = args.others or ['']
+    runtime.known(what, ('list', 'make', 'run', 'report'), 'command')
+    if args.given and what != 'make':
+        raise ValueError(f'{what} takes no settings, but {", ".join(args.given)} was '
+                         'given: words are for make, then each folder has them in its '
+                         'settings.py')
+    if what == 'list':
+        return show_list()
+    if what == 'make':
+        if len(others) < 2 or others[-1] in EXPERIMENTS:
+            raise ValueError(f'make {" ".join(others)}: names of experiments and then '
+                             'a folder are expected, as in make bases runs/bases; '
+                             '`python ablate.py list` shows the names')
+        *names, root = others
+        seeds = runtime.parse_value('--seeds', args.seeds, (1, 2, 3))
+        return make(names, Path(root), args.scale, tuple(dict.fromkeys(seeds)),
+                    args.given)
+    if what == 'run':
+        if len(others) != 1:
+            raise ValueError(f'run {" ".join(others)}: one folder is expected, that '
+                             'of make')
+        devices = [name.strip() for name in args.devices.split(',') if name.strip()]
+        if args.jobs < 0:
+            raise ValueError(f'--jobs {args.jobs}: 1 or more is expected')
+        return running.run(Path(others[0]), args.jobs or len(devices) or 1, devices,
+                           args.again)
+    from ablation import report  # matplotlib is slow
+    if not others:
+        raise ValueError('report: files of results are expected, as in '
+                         'runs/study/results.json')
+    return report.report([Path(file) for file in others], Path(args.out))
+
+
+if __name__ == '__main__':
+    runtime.run(main, args)

@@ -1,0 +1,735 @@
+"""ablate.py: folders that are made, run and reported.
+
+Where only the running is looked at, train.py and eval.py of the folders are stand-ins
+that need no torch.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import HERE, TINY, run_script
+from PIL import Image
+
+import ablate
+import recipes
+import runtime
+from ablation import report, running
+from ablation.experiments import EXPERIMENTS, FIGURE_4, SCALES
+
+TRAIN = '''
+import json, os, pathlib, signal, sys, time
+import settings as s
+
+log = pathlib.Path(s.LOG_DIR)
+log.mkdir(exist_ok=True)
+with open('calls', 'a') as f:
+    print(json.dumps([*sys.argv, os.environ.get('OMP_NUM_THREADS')]), file=f)
+for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+    signal.signal(number, lambda *_, status=status: sys.exit(status))
+if s.INIT_FROM and not os.path.isfile(s.INIT_FROM):
+    sys.exit('error: INIT_FROM is not there')
+for step in range(1, s.ITER_MAX + 1):
+    if s.EM_UPDATE == 'never' and not os.path.exists('../mended'):
+        if not os.path.exists('../early') and step < 3:
+            pass
+        else:
+            print('error: not finite', file=sys.stderr)
+            sys.exit(2)
+    with open(log / 'log.jsonl', 'a') as f:
+        print(json.dumps({'kind': 'train', 'step': step, 'loss': 1 / step,
+                          'images_per_s': 2.0}), file=f)
+    while os.path.exists('../wait'):
+        time.sleep(0.05)
+(log / 'final.pth').write_text('weights')
+'''
+EVAL = '''
+import json, pathlib, sys
+import settings as s
+
+with open('calls', 'a') as f:
+    print(json.dumps(sys.argv), file=f)
+out = pathlib.Path(s.LOG_DIR, 'eval')
+out.mkdir()
+stages = [3]
+if '--stages' in sys.argv:
+    stages = json.loads(f"[{sys.argv[sys.argv.index('--stages') + 1]}]")
+for t in stages:
+    (out / f'voc_val_final_T{t}.json').write_text(json.dumps({
+        'checkpoint': 'logdir/final.pth', 'step': s.ITER_MAX, 'stages': t,
+        'n_images': 3, 'averaged': [], 'mIoU': s.SEED / 10 + t / 100, 'pAcc': 0.5,
+        'IoU': [0.25, None], 'precision': 'fp32',
+        'environment': {'device': 'a stand-in', 'torch': 'none'},
+        'settings': {k: v for k, v in vars(s).items() if k.isupper()}}))
+'''
+
+
+@pytest.fixture
+def no_torch(tmp_path, monkeypatch):
+    """Let every script fail that imports torch."""
+    (tmp_path / 'poison').mkdir()
+    (tmp_path / 'poison' / 'torch.py').write_text('raise ImportError("torch!")')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'poison'))
+
+
+def make(root, *words, stand_in=True):
+    """Make folders, and put stand-ins into them."""
+    done = run_script('ablate.py', 'make', *words[:1], root, *words[1:])
+    assert done.returncode == 0, done.stderr
+    for name in read(root / 'plan.json')['folders'] if stand_in else ():
+        (root / name / 'train.py').write_text(TRAIN)
+        (root / name / 'eval.py').write_text(EVAL)
+    return done
+
+
+def run(root, *words):
+    return run_script('ablate.py', 'run', root, *words)
+
+
+def start(root, *words):
+    """Start `run` and return it."""
+    return subprocess.Popen([sys.executable, str(HERE / 'ablate.py'), 'run', str(root),
+                             *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def read(file):
+    return json.loads(Path(file).read_text())
+
+
+def steps(folder):
+    """Return the steps of all rows of training that a folder has logged."""
+    return [row['step'] for row in running.read_rows(Path(folder))]
+
+
+def calls(folder):
+    file = Path(folder, 'calls')
+    return [json.loads(line) for line in file.read_text().splitlines()
+            ] if file.exists() else []
+
+
+def until(condition, seconds=60):
+    """Wait for something."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'nothing came'
+        time.sleep(0.02)
+
+
+def is_sentence(done, *parts):
+    """Check that a script ended with one sentence."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+# -- the data --------------------------------------------------------------------------
+
+def test_experiments_hold_known_settings():
+    defaults = runtime.snapshot()
+    for name, about in EXPERIMENTS.items():
+        assert set(about) <= {'about', 'paper_says', 'plot', 'chain', 'variants'}
+        assert about['plot'] in ('lines', 'matrix', 'dots'), name
+        for label, variant in about['variants'].items():
+            assert set(variant) <= {'settings', 'recipe', 'paper', 'paper_note'}
+            assert ('recipe' in variant) == bool(about.get('chain')), (name, label)
+            assert '|' not in label and variant.get('recipe', 'demo') in recipes.RECIPES
+            for key, value in variant.get('settings', {}).items():
+                assert type(value) is type(defaults[key]), (name, label, key)
+
+
+def test_scales_differ_by_their_recipe_only():
+    assert set(SCALES) == {'paper', 'short', 'laptop'}
+    assert set(SCALES.values()) <= set(recipes.RECIPES)
+    plans = [ablate.plan_folders(['bases', 'heads'], scale, (1,), {})
+             for scale in SCALES]
+    for (base, folders), recipe in zip(plans, SCALES.values(), strict=True):
+        for key, value in recipes.RECIPES[recipe]['settings'].items():
+            assert base[key] == value
+        assert base['RECIPE'] == '' and base['LOG_DIR'] == 'logdir'
+        assert ([folder['serves'] for folder in folders.values()] ==
+                [folder['serves'] for folder in plans[0][1].values()])
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_no_two_settings_share_a_name(scale):
+    names = [name for name, about in EXPERIMENTS.items()
+             if scale == 'paper' or not about.get('chain')]
+    _, folders = ablate.plan_folders(names, scale, (1, 2), {})
+    assert len(folders) >= 80
+    assert len({repr(folder['values']) for folder in folders.values()}) == len(folders)
+    served = [(*pair, folder['seed']) for folder in folders.values()
+              for pair in folder['serves']]
+    assert sorted(served) == sorted((name, label, seed) for name in names for label in
+                                    EXPERIMENTS[name]['variants'] for seed in (1, 2))
+    for name in folders:
+        assert re.fullmatch('[a-z0-9_.+-]+', name) and len(name) < 120
+
+
+def test_figure_4_is_a_triangle():
+    assert {t: min(row) for t, row in FIGURE_4.items()} == {t: t for t in range(1, 9)}
+    assert all(max(row) == 8 and len(row) == 9 - t for t, row in FIGURE_4.items())
+    # what the paper's text says of it
+    assert FIGURE_4[3][3] == 78.52 and FIGURE_4[1][1] == 77.34
+    assert max(FIGURE_4, key=lambda t: FIGURE_4[t][8]) == 3
+
+
+def test_list(no_torch):
+    done = run_script('ablate.py', 'list')
+    assert done.returncode == 0, done.stderr
+    for name, about in EXPERIMENTS.items():
+        assert f'{name}: ' in done.stdout
+        for label in about['variants']:
+            assert f'    {label} ' in done.stdout
+    for recipe in SCALES.values():
+        assert f'RECIPE={recipe}' in done.stdout
+    assert 'EM_UPDATE=back_propagation EM_GRADIENT=full' in done.stdout
+
+
+# -- make ------------------------------------------------------------------------------
+
+def test_made_folders_differ_by_settings_only(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'bases', 'LR=0.5', 'DATASET=folder', '--seeds', '7', stand_in=False)
+    one = root / 'emanet50.moving_average.l2.3stages.seed7'
+    other = root / 'emanet50.back_propagation.l2.3stages.gradient_full.seed7'
+    done = subprocess.run(['diff', '-r', one, other], text=True, capture_output=True)
+    lines = done.stdout.splitlines()
+    assert lines.pop(0).split() == ['diff', '-r', str(one / 'settings.py'),
+                                    str(other / 'settings.py')]
+    old, new = ([line[2:] for line in lines if line[0] == sign] for sign in '<>')
+    assert [line.split('#')[0].strip() for line in new] == [
+        "EM_UPDATE = 'back_propagation'", "EM_GRADIENT = 'full'"]
+    for before, after in zip(old, new, strict=True):  # comments are kept
+        assert before.partition('#')[2] == after.partition('#')[2] != ''
+    values = running.read_settings(one)
+    assert (values['SEED'], values['LR'], values['DATASET']) == (7, 0.5, 'folder')
+    assert values['RECIPE'] == '' and values['LOG_DIR'] == 'logdir'
+    # settings.py and nothing else is changed against this folder either
+    for path in (path for path in one.rglob('*.py') if path.name != 'settings.py'):
+        assert path.read_bytes() == (HERE / path.relative_to(one)).read_bytes()
+    assert {path.name for path in HERE.glob('*.py')} == {
+        path.name for path in one.glob('*.py')}
+    assert [path.name for path in root.glob('.*')] == []
+
+
+def test_what_is_copied_and_linked(no_torch, tmp_path):
+    """Made from a folder with everything in it that must not be copied."""
+    make(tmp_path / 'a', 'loss', stand_in=False)
+    home = next((tmp_path / 'a').glob('*seed1'))
+    junk = ['logdir/log.txt', 'runs/old/train.py', '.git/HEAD', 'docs/a.png', 'big.pth',
+            '__pycache__/x.pyc', 'tests/__pycache__/x.pyc', '.venv/lib/x.py',
+            'predictions/a.png', 'study/plan.json', 'models/mine.tar']
+    kept = ['mine/new.py', 'mine/deep/er.py', 'notes.txt']
+    if (home / 'data').is_symlink():
+        (home / 'data').unlink()
+    for name in (*junk, *kept, 'models/resnet50.pth', 'data/voc/list.txt'):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text('x')
+    done = subprocess.run([sys.executable, home / 'ablate.py', 'make', 'loss', 'b'],
+                          cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for made in (tmp_path / 'b').glob('*seed1'):
+        assert [name for name in junk if (made / name).exists()] == []
+        assert [name for name in kept if not (made / name).exists()] == []
+        for name in ('models/resnet50.pth', 'data'):
+            assert (made / name).is_symlink()
+            assert (made / name).resolve() == (home / name).resolve()
+
+
+def test_relative_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'weights.pth').touch()
+    words = {'DATA_ROOT': 'voc', 'MODEL_DIR': '../m', 'PRETRAINED': 'weights.pth',
+             'INIT_FROM': '/x/y.pth'}
+    base, _ = ablate.plan_folders(['bases'], 'paper', (1,), words)
+    assert base['DATA_ROOT'] == str(tmp_path / 'voc')
+    assert base['MODEL_DIR'] == str(tmp_path / '../m')
+    assert base['PRETRAINED'] == str(tmp_path / 'weights.pth')
+    assert base['INIT_FROM'] == '/x/y.pth' and base['CACHE'] == ''
+    base, _ = ablate.plan_folders(['bases'], 'paper', (1,), {'PRETRAINED': 'none'})
+    assert base['PRETRAINED'] == 'none'
+    assert base['MODEL_DIR'] == 'models' and base['DATA_ROOT'] == ''  # linked
+
+
+def test_make_adds_and_never_overwrites(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'loss', 'LR=0.5', stand_in=False)
+    first = root / 'emanet50.moving_average.l2.3stages.seed1'
+    (first / 'mine').write_text('kept')
+    (root / '.making').mkdir()  # as a make that was killed leaves it
+    (root / '.making' / 'train.py').touch()
+    done = make(root, 'bias_rate', '--seeds', '1,2', stand_in=False)
+    assert '3 folders made, 1 were there' in done.stdout
+    assert (first / 'mine').read_text() == 'kept'
+    plan = read(root / 'plan.json')
+    assert len(plan['folders']) == 5 and not (root / '.making').exists()
+    assert plan['folders'][first.name]['serves'] == [
+        ['loss', 'all pixels of the crops'], ['bias_rate', 'twice']]
+    for name in plan['folders']:  # the words of the first time hold on
+        assert running.read_settings(root / name)['LR'] == 0.5
+    before = (root / 'plan.json').read_text()
+    make(root, 'bias_rate', 'LR=0.5', stand_in=False)
+    assert (root / 'plan.json').read_text() == before
+
+
+def test_folders_that_are_there_with_other_settings(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'loss', stand_in=False)
+    names = sorted(os.listdir(root))
+    for words, parts in ((('loss', 'bases', root, 'LR=0.5'), ('was made with',)),
+                         (('bases', root, '--scale', 'laptop'), ('scale paper',))):
+        is_sentence(run_script('ablate.py', 'make', *words), str(root), *parts)
+    file = root / 'emanet50.moving_average.l2.3stages.seed1' / 'settings.py'
+    file.write_text(file.read_text().replace('\nLR = 0.009', '\nLR = 0.1  '))
+    is_sentence(run_script('ablate.py', 'make', 'bases', root), 'LR = 0.1, but 0.009',
+                'nothing was made')
+    assert sorted(os.listdir(root)) == names
+
+
+@pytest.mark.parametrize('words, parts', [
+    (['make', 'bass', 'x'], ['no experiment bass', 'did you mean bases?']),
+    (['make', 'bases', 'x', '--scale', 'laptopp'], ['did you mean laptop?']),
+    (['make', 'bases', 'x', 'BATCHSIZE=4'], ['did you mean BATCH_SIZE?']),
+    (['make', 'bases', 'x', 'LR=fast'], ['LR=fast', 'number']),
+    (['make', 'bases', 'x', 'RECIPE=dem'], ['did you mean demo?']),
+    (['make', 'bases', 'x', 'SEED=2'], ['SEED', '--seeds']),
+    (['make', 'bases', 'x', '--seeds', '1,a'], ['--seeds=1,a']),
+    (['make', 'bases'], ['then a folder']), (['make', 'bases', 'heads'], ['then a']),
+    (['make', 'voc_test_r101', 'x', '--scale', 'laptop'], ['--scale paper']),
+    (['run', 'x'], ['x has no plan.json']), (['run'], ['one folder']),
+    (['run', 'x', '--jobs', '-1'], ['--jobs -1']),
+    (['run', 'x', 'LR=2'], ['run takes no settings']),
+    (['report'], ['files of results']), (['report', 'x.json'], ['x.json is not there']),
+    (['lst'], ['did you mean list?'])])
+def test_wrong_words(words, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['ablate.py', *words])
+    with pytest.raises(SystemExit) as caught:
+        runtime.run(ablate.main, runtime.read_command_line(
+            'About.', ablate.add_options, 'WORDS'))
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and os.listdir(tmp_path) == []
+    assert error.startswith('error: ') and error.count('\n') == 1
+    for part in parts:
+        assert part in error
+
+
+def test_two_variants_of_one_name_are_refused(monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, 'new', {'about': '', 'plot': 'dots', 'variants': {
+        'a': {'settings': {'CLASS_WEIGHTS': (1.0, 2.0)}},
+        'b': {'settings': {'CACHE': '1.0-2.0', 'CLASS_WEIGHTS': (1.0,)}}}})
+    monkeypatch.setattr(ablate, 'name_folder', lambda values, base, stage: 'same')
+    with pytest.raises(ValueError, match='new, b: another variant .* called same too'):
+        ablate.plan_folders(['new'], 'paper', (1,), {})
+
+
+# -- run, with stand-ins ---------------------------------------------------------------
+
+def test_run_finishes_all_and_then_nothing(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'heads', 'ITER_MAX=200', 'BATCH_SIZE=4', '--seeds', '1,2')
+    names = list(read(root / 'plan.json')['folders'])
+    done = run(root, '--jobs', '6', '--devices', 'cuda:0,cuda:1')
+    assert done.returncode == 0, done.stderr
+    devices = set()
+    for name in names:
+        trained, evaluated = calls(root / name)
+        has_unit = name.startswith('ema')
+        devices.add(trained[1])
+        assert trained[0] == 'train.py' and evaluated[0] == 'eval.py'
+        stages = ['--stages', '1,2,3,4,5,6,7,8'] * has_unit
+        assert evaluated[1:] == stages + trained[1:2]
+        assert steps(root / name) == list(range(1, 201))
+        assert re.search(rf'^{re.escape(name)}: mIoU \d\d.00', done.stdout, re.M)
+    assert devices == {'DEVICE=cuda:0', 'DEVICE=cuda:1'}
+    results = read(root / 'results.json')
+    assert [result['name'] for result in results['runs']] == names
+    assert results['recipe'] == 'ablation_paper' and results['n_planned'] == len(names)
+    result = results['runs'][-1]
+    assert result['name'].endswith('seed2') and result['seed'] == 2
+    assert result['settings'] == {'HEAD': 'a2'}
+    assert result['serves'] == [['heads', 'A2']]
+    assert result['mIoU'] == {'3': 0.23} and result['IoU'] == [0.25, None]
+    assert result['error'] is None and result['step'] == 200
+    assert result['seconds'] == 200 * 4 / 2
+    assert len(result['loss']) == 60 and result['loss'][-1][0] == 200
+    assert len(json.dumps(result)) < 6000
+    first = results['runs'][0]
+    assert first['mIoU'] == {str(t): round(0.1 + t / 100, 2) for t in range(1, 9)}
+    assert first['environment'] == {'device': 'a stand-in', 'torch': 'none',
+                                    'precision': 'fp32'}
+    (root / 'results.json').unlink()
+    done = run(root)
+    assert done.returncode == 0 and read(root / 'results.json') == results
+    assert all(len(calls(root / name)) == 2 for name in names)
+
+
+def test_a_failing_folder_does_not_stop_the_others(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'bases', 'ITER_MAX=4')
+    bad = 'emanet50.never.l2.3stages.seed1'
+    for n_tries, words in ((1, ()), (1, ()), (2, ['--again'])):
+        done = run(root, *words)
+        assert done.returncode == 1
+        assert re.search(f'not finite:\n    {re.escape(bad)}\n$', done.stderr)
+        found = {r['name']: r for r in read(root / 'results.json')['runs']}
+        assert {name for name in found if found[name]['error']} == {bad}
+        assert found[bad]['error'] == 'not finite' and found[bad]['step'] == 2
+        assert found[bad]['mIoU'] == {} and len(found[bad]['loss']) >= 2
+        assert len(found) == 3 and len(calls(root / bad)) == n_tries
+    (root / 'mended').touch()
+    assert run(root, '--again').returncode == 0
+    assert not [r for r in read(root / 'results.json')['runs'] if r['error']]
+
+
+def test_what_fails_before_its_first_step_is_tried_each_time(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'bases', 'ITER_MAX=2')
+    (root / 'early').touch()
+    assert run(root).returncode == 1
+    (root / 'mended').touch()
+    assert run(root).returncode == 0
+
+
+def test_a_chain_is_run_in_order(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'voc_test_r152', 'ITER_MAX=2', '--seeds', '1,2')
+    assert run(root, '--jobs', '5').returncode == 0
+    for seed in (1, 2):
+        names = [f'emanet152.moving_average.l2.3stages.stage{i}.seed{seed}'
+                 for i in (1, 2, 3)]
+        several = [running.read_settings(root / name) for name in names]
+        assert [values['INIT_FROM'] for values in several] == [
+            '', *(f'../{name}/logdir/final.pth' for name in names[:2])]
+        assert [values['LR'] for values in several] == [0.009, 0.001, 0.0001]
+        assert [values['DATASET'] for values in several] == ['coco_voc', 'voc', 'voc']
+        ends = [(root / name / 'result.json').stat().st_mtime_ns for name in names]
+        assert ends == sorted(ends)
+
+
+def test_a_chain_waits_for_what_failed(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'voc_test_r101', 'ITER_MAX=4', 'EM_UPDATE=never')
+    done = run(root)
+    assert done.returncode == 1 and 'not finite' in done.stderr
+    assert done.stderr.count('which is not finished') == 2
+    assert [len(calls(path)) for path in sorted(root.glob('*seed1'))] == [1, 0, 0]
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_signals_are_passed_on(number, status, no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'loss', 'ITER_MAX=3')
+    (root / 'wait').touch()
+    process = start(root, '--jobs', '2')
+    folders = sorted(root.glob('*seed1'))
+    until(lambda: all(steps(folder) for folder in folders))
+    is_sentence(run(root), 'another process writes into', str(root))
+    process.send_signal(number)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == status and 'Traceback' not in error
+    assert 'the same command goes on' in out
+    assert not list(root.glob('*/result.json'))
+    (root / 'wait').unlink()
+    assert run(root).returncode == 0
+    assert [[call[0] for call in calls(folder)] for folder in folders] == [
+        ['train.py', 'train.py', 'eval.py']] * 2
+
+
+def test_waits_for_a_train_that_still_writes(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'loss', 'ITER_MAX=2')
+    folder = root / 'emanet50.moving_average.l2.3stages.seed1'
+    lock = runtime.lock(folder / 'logdir')
+    process = start(root)
+    line = process.stdout.readline() + process.stdout.readline()
+    assert f'{folder.name}: waits for the train.py that writes there' in line
+    assert not calls(folder)
+    lock.close()
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and len(calls(folder)) == 2
+
+
+def test_threads_are_divided(no_torch, tmp_path, monkeypatch):
+    root = tmp_path / 'study'
+    make(root, 'loss', 'ITER_MAX=1')
+    folders = sorted(root.glob('*seed1'))
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    (folders[1] / 'result.json').write_text('{"error": ""}')
+    assert run(root, '--jobs', '1').returncode == 0
+    (folders[1] / 'result.json').unlink()
+    assert run(root, '--jobs', '999').returncode == 0
+    assert [calls(folder)[0][-1] for folder in folders] == [None, '1']
+
+
+def test_what_make_adds_is_run_too(no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'loss', 'ITER_MAX=2')
+    (root / 'wait').touch()
+    process = start(root)
+    until(lambda: [path for path in root.glob('*seed1') if steps(path)])
+    make(root, 'loss', '--seeds', '2')
+    (root / 'wait').unlink()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert len(read(root / 'results.json')['runs']) == 4
+
+
+def test_scores_of_another_kind_are_not_taken(tmp_path):
+    values = {**runtime.snapshot(), 'ITER_MAX': 9}
+    where = tmp_path / 'logdir' / 'eval'
+    where.mkdir(parents=True)
+    right = {'checkpoint': 'logdir/final.pth', 'step': 9, 'stages': 3, 'averaged': [],
+             'settings': values}
+    wrong = [{'checkpoint': 'logdir/best.pth'}, {'step': 8}, {'averaged': ['a', 'b']},
+             *({'settings': {**values, **other}} for other in (
+                 {'EVAL_FLIP': True}, {'EVAL_STRIDE': 16}, {'EVAL_IMAGES': 2}))]
+    for i, other in enumerate(wrong):
+        (where / f'{i}.json').write_text(json.dumps({**right, **other, 'stages': i}))
+    assert running.read_scores(tmp_path, values) == {}
+    (where / 'right.json').write_text(json.dumps(right))
+    assert list(running.read_scores(tmp_path, values)) == [3]
+
+
+def test_thinning():
+    assert running.thin([(1, 2.0), (2, 3.0)]) == [[1, 2.0], [2, 3.0]]
+    points = [(i, float(i)) for i in range(1, 121)]
+    thinned = running.thin(points)
+    assert len(thinned) == 60 and thinned[0] == [2, 1.5] and thinned[-1] == [120, 119.5]
+    thinned = running.thin(points[:101])
+    assert len(thinned) == 60 and thinned[-1][0] == 101 and running.thin([]) == []
+
+
+def test_last_step(tmp_path):
+    assert running.last_step(tmp_path) == 0
+    (tmp_path / 'logdir').mkdir()
+    rows = ''.join(f'{{"kind": "train", "step": {i}, "x": "{"y" * 300}"}}\n'
+                   for i in range(1, 99))
+    for end in ('', '{"kind": "train", "st', '1'):
+        (tmp_path / 'logdir' / 'log.jsonl').write_text(rows + end)
+        assert running.last_step(tmp_path) == 98
+
+
+# -- run, in earnest -------------------------------------------------------------------
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='children die with `run` there')
+def test_killed_in_the_middle(voc, tmp_path):
+    """kill -9 of `run` when one folder is finished; `run` again repeats nothing."""
+    root, n = tmp_path / 'study', 40
+    make(root, 'loss', *TINY, f'DATA_ROOT={voc}', 'TRAIN_SPLIT=train', 'DATASET=voc',
+         f'ITER_MAX={n}', 'ITER_SAVE=100000', stand_in=False)
+    folder, other = (root / name for name in read(root / 'plan.json')['folders'])
+    (other / 'train.py').write_text(TRAIN)
+    (other / 'eval.py').write_text(EVAL)
+    process = start(root, '--jobs', '2')
+    until(lambda: (other / 'result.json').exists() and len(steps(folder)) > 2, 100)
+    process.kill()
+    process.communicate()
+    log = folder / 'logdir'
+    until((log / 'latest.pth').exists)  # train.py has saved the step it was in
+    until(lambda: running.is_free(log))
+    n_before = len(steps(folder))
+    assert 2 < n_before < n and not (log / 'final.pth').exists()
+    done = run(root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f'resuming logdir/latest.pth after step {n_before}' in (
+        log / 'log.txt').read_text()
+    assert steps(folder) == list(range(1, n + 1))
+    printed = re.findall(r'^step (\d+)/', (folder / 'run.log').read_text(), re.M)
+    assert [int(step) for step in printed] == list(range(1, n + 1))
+    assert len(calls(other)) == 2 and steps(other) == steps(folder)
+    results = read(root / 'results.json')['runs']
+    assert [sorted(result['mIoU']) for result in results] == [list('12345678')] * 2
+    assert all(0 < miou < 1 for miou in results[0]['mIoU'].values())
+    assert len(results[0]['IoU']) == 21 and results[0]['environment']['torch']
+    assert results[1]['settings'] == {'LOSS_NORM': 'valid'}
+
+
+@pytest.mark.slow
+def test_each_stage_starts_from_the_weights_before(voc, tmp_path):
+    """The first stage is trained by hand, and the folder of folders is moved."""
+    root = tmp_path / 'study'
+    make(root, 'voc_test_r101', *TINY, f'DATA_ROOT={voc}', 'TRAIN_SPLIT=train',
+         'DATASET=voc', 'ITER_MAX=3', stand_in=False)
+    root = root.rename(tmp_path / 'moved')
+    names = list(read(root / 'plan.json')['folders'])
+    done = subprocess.run([sys.executable, 'train.py'], cwd=root / names[0], text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    weights = (root / names[0] / 'logdir' / 'final.pth').read_bytes()
+    done = run(root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (root / names[0] / 'logdir' / 'final.pth').read_bytes() == weights
+    logs = [(root / name / 'logdir' / 'log.txt').read_text() for name in names]
+    assert 'network: all weights of' not in logs[0]
+    for log, before in zip(logs[1:], names, strict=False):
+        assert f'network: all weights of ../{before}/logdir/final.pth' in log
+    assert [steps(root / name) for name in names] == [[1, 2, 3]] * 3
+
+
+# -- report ----------------------------------------------------------------------------
+
+def result(seed, label, miou, experiment='normalisation', error=None, **settings):
+    """Return a result as results.json has it."""
+    mious = miou if isinstance(miou, dict) else {} if error else {3: miou}
+    return {'name': f'{label}{seed}', 'seed': seed, 'serves': [[experiment, label]],
+            'settings': settings, 'source': 'abc', 'error': error, 'step': 30,
+            'stages': settings.get('STAGE_NUM', 3),
+            'mIoU': {str(t): value / 100 for t, value in mious.items()}, 'pAcc': {},
+            'IoU': [], 'n_images': 5, 'loss': [[10, 2.0], [20, 1.0]], 'seconds': 1800.0,
+            'validation': [[20, 0.3]], 'environment': {'device': 'my CPU'}}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study with known means, deviations and intervals."""
+    runs = [result(seed, label, miou, **settings) for label, mious, settings in (
+        ('L2', (50, 51, 52), {}),
+        ('none', (53, 53, 56), {'EM_NORM': 'none'}),            # +3 +2 +4
+        ('LayerNorm', (49, 50, 48), {'EM_NORM': 'layer_norm'}))  # -1 -1 -4
+        for seed, miou in zip((1, 2, 3), mious, strict=True)]
+    runs.append(result(4, 'none', 0, error='the loss was not finite', EM_NORM='none'))
+    runs += [result(1, f'T = {t}', {e: 40 + t + e / 10 for e in range(1, 9)},
+                    'iterations', **({'STAGE_NUM': t} if t != 3 else {}))
+             for t in (3, 1)]
+    file = tmp_path / 'voc_tiny.json'
+    file.write_text(json.dumps({'scale': 'laptop', 'recipe': 'ablation_laptop',
+                                'words': {}, 'base': {'LR': 0.5, 'DATA_ROOT': '/x'},
+                                'n_planned': 20, 'runs': runs}))
+    return file
+
+
+def test_report(no_torch, study, tmp_path):
+    out = tmp_path / 'docs' / 'found.md'
+    out.parent.mkdir()
+    done = run_script('ablate.py', 'report', study, '--out', out)
+    assert done.returncode == 0, done.stderr
+    text = out.read_text()
+    for line in (
+            '| variant | mIoU | seed 1 | seed 2 | seed 3 | seed 4 | difference to L2 | '
+            'paper |',
+            '| L2 | 51.00 ± 1.00 | 50.00 | 51.00 | 52.00 | - |  | 78.52 |',
+            # 4.3027 = t of 2 degrees of freedom; 3 -+ 4.3027 * 1 / sqrt(3)
+            '| none | 54.00 ± 1.73 | 53.00 | 53.00 | 56.00 | failed | '
+            '+3.00 (+0.52 .. +5.48) | - |',
+            '| LayerNorm | 49.00 ± 1.00 | 49.00 | 50.00 | 48.00 | - | '
+            '-2.00 (-6.30 .. +2.30) | - |',
+            '- none, seed 4, failed after step 30: the loss was not finite',
+            'Told apart from L2 by the spread over seeds: none (better, 3 seeds). Not '
+            'told apart: LayerNorm (3 seeds).',
+            '| T = 1 | 41.10 | 41.10 | -2.20 | 77.34 |',  # one seed: no interval
+            '| T = 3 | 43.30 | 43.30 |  | 78.52 |',
+            '| *T = 3, paper* |  |  | *78.52* | *78.80* | *78.86* | *78.88* | *78.89* '
+            '| *78.88* |',
+            '![iterations, voc_tiny: mIoU over the iterations in training and at '
+            'evaluation](found/voc_tiny_iterations.png)'):
+        assert f'\n{line}\n' in text, line
+    assert '11 of 20 runs are finished, 1 failed; 6.0 hours' in text
+    assert 'my CPU' in text and '\nLR=0.5\n' in text
+    pictures = re.findall(r'\]\((.+\.png)\)', text)
+    assert len(pictures) == 4
+    for name in pictures:
+        file = out.parent / name
+        assert file.stat().st_size < 60000 and Image.open(file).size[0] > 500
+        assert Image.open(file).info.keys() <= {'transparency'}
+
+
+def test_report_keeps_the_prose_and_is_stable(study, tmp_path):
+    out = tmp_path / 'docs.md'
+    out.write_text('# Mine\n\nBefore.\n<!-- ablate: voc_tiny normalisation -->\nold\n'
+                   '<!-- end -->\nAfter.\n\n<!-- ablate: other bases -->\nOther.\n'
+                   '<!-- end -->\nEnd.\n')
+    report.report([study], out)
+    text = out.read_text()
+    assert text.startswith('# Mine\n\nBefore.\n'
+                           '<!-- ablate: voc_tiny normalisation -->\nWhat is done')
+    assert '\nold\n' not in text and text.count('ablate: voc_tiny normalisation') == 1
+    assert ('<!-- end -->\nAfter.\n\n<!-- ablate: other bases -->\nOther.\n<!-- end -->'
+            '\nEnd.\n\n## voc_tiny\n\n<!-- ablate: voc_tiny study -->\n') in text
+    assert '### voc_tiny: iterations\n\n<!-- ablate: voc_tiny iterations -->' in text
+    files = [out, *(tmp_path / 'docs').glob('*')]
+    before = [file.read_bytes() for file in files]
+    report.report([study], out)
+    assert [file.read_bytes() for file in files] == before and len(files) == 5
+
+
+def test_two_studies_in_one_report(study, tmp_path):
+    other = tmp_path / 'another.json'
+    shutil.copy(study, other)
+    report.report([study, other], tmp_path / 'docs.md')
+    text = (tmp_path / 'docs.md').read_text()
+    for name in ('voc_tiny', 'another'):
+        for experiment in ('study', 'normalisation', 'iterations'):
+            assert text.count(f'<!-- ablate: {name} {experiment} -->') == 1
+    assert text.count('<!-- end -->') == 6
+
+
+@pytest.mark.parametrize('change, part', [
+    (lambda file, out: out.write_text('<!-- ablate: voc_tiny study -->\nx\n'),
+     'has no <!-- end -->'),
+    (lambda file, out: out.write_text('<!-- ablate: voc_tiny study -->\n<!-- ablate: a '
+                                      'b -->\n<!-- end -->\n'), 'has no <!-- end -->'),
+    (lambda file, out: file.write_text('{"runs": [3]}'), 'holds no results'),
+    (lambda file, out: file.write_text('nothing'), 'holds no results'),
+    (lambda file, out: file.write_text(file.read_text().replace('"iterations"',
+                                                                '"iteration"')),
+     'did you mean iterations?')])
+def test_a_report_that_cannot_be_made(change, part, study, tmp_path):
+    out = tmp_path / 'docs.md'
+    change(study, out)
+    before = out.read_text() if out.exists() else ''
+    with pytest.raises(ValueError) as caught:
+        report.report([study], out)
+    assert part in str(caught.value) and runtime.explain(caught.value)
+    assert (out.read_text() if out.exists() else '') == before
+    assert not (tmp_path / 'docs').exists()
+
+
+def test_pairs_are_of_the_same_seed():
+    mean, low, high = report.compare({1: 5.0, 2: 7.0, 9: 99.0},
+                                     {1: 4.0, 2: 5.0, 3: 0.0})
+    assert mean == 1.5  # of 1 and 2; 12.706 = t of 1 degree of freedom
+    assert high - mean == pytest.approx(12.706 * 0.70711 / 2 ** 0.5, abs=1e-3)
+    assert mean - low == pytest.approx(high - mean)
+    assert report.compare({1: 5.0}, {1: 4.0}) == (1, -float('inf'), float('inf'))
+    assert report.compare({1: 5.0}, {2: 4.0}) is None
+
+
+def test_pictures_show_the_numbers(study):
+    normalisation, iterations = report.sort_runs('voc_tiny', report.read_study(study))
+    assert list(normalisation.variants) == ['L2', 'LayerNorm', 'none']  # as in the data
+    axes = report.draw_dots(normalisation).axes[0]
+    dots = [sorted(line.get_xdata()) for line in axes.lines if line.get_marker() == 'o']
+    assert dots == [pytest.approx(mious) for mious in (
+        [50, 51, 52], [48, 49, 50], [53, 53, 56])]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        'L2', 'LayerNorm', 'none']
+
+    axes = report.draw_lines(iterations).axes[0]
+    lines = [line for line in axes.lines if line.get_marker() == 'None']
+    assert [line.get_label() for line in lines] == ['T = 1', 'T = 3']
+    assert lines[1].get_ydata() == pytest.approx([43 + t / 10 for t in range(1, 9)])
+    circles = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == 'o']
+    assert [list(xy) for xy in circles] == [pytest.approx([1, 41.1]),
+                                            pytest.approx([3, 43.3])]
+
+    ours, paper = report.draw_matrix(iterations).axes
+    assert [text.get_text() for text in ours.texts] == [
+        f'{40 + t + e / 10:.2f}' for t in (1, 3) for e in range(1, 9)]
+    assert [label.get_text() for label in ours.get_yticklabels()] == ['1', '3']
+    assert [text.get_text() for text in paper.texts] == [
+        f'{x:.2f}' for row in FIGURE_4.values() for x in row.values()]
+    places = [text.get_position() for text in paper.texts]
+    assert all(x >= y for x, y in places) and len(set(places)) == 36
+
+    loss, scores = report.draw_curves(normalisation).axes
+    assert list(loss.lines[0].get_ydata()) == [2, 1] and loss.get_yscale() == 'log'
+    assert list(scores.lines[0].get_ydata()) == [30]
