@@ -40,6 +40,7 @@ if __name__ == '__main__':
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,10 +50,10 @@ import recipes
 from ablation import running
 
 SOURCES = ('.py', '.md', '.sh', '.toml', '.txt')  # files that are copied
-# Folders that a copy shares or does without.
-NOT_COPIED = ('data', 'models', 'docs', 'logdir', 'runs', 'predictions')
+MAKING = '.making'  # folder below DIR: a copy that is not whole, and the lock of `make`
 PATHS = ('DATA_ROOT', 'MODEL_DIR', 'PRETRAINED', 'INIT_FROM', 'CACHE')
 NOT_SHARED = ('SEED', 'LOG_DIR', 'RESUME', 'CHECKPOINT')  # a folder has its own
+OF_THE_DATA = ('DATA_ROOT', 'TRAIN_SPLIT', 'VAL_SPLIT', 'CACHE')  # mean one data set
 
 
 # -- what is to be made ----------------------------------------------------------------
@@ -107,10 +108,8 @@ def plan_folders(names: list[str], scale: str, seeds: tuple[int, ...],
     for seed in seeds:
         for experiment in names:
             about, before, n_stages = EXPERIMENTS[experiment], '', 0
-            if about.get('chain') and scale != 'paper':
-                raise ValueError(f'{experiment} has recipes of its own, so --scale '
-                                 f'{scale} says nothing: take --scale paper, and words '
-                                 'to make it small, as in ITER_MAX=100')
+            if about.get('chain'):
+                check_chain(experiment, scale, words)
             for label, variant in about['variants'].items():
                 start = base
                 if 'recipe' in variant:
@@ -121,6 +120,8 @@ def plan_folders(names: list[str], scale: str, seeds: tuple[int, ...],
                     elif 'INIT_FROM' not in words:
                         start['INIT_FROM'] = ''
                 values = {**start, **variant.get('settings', {}), 'SEED': seed}
+                if 'halved' in variant:
+                    values[variant['halved']] = start[variant['halved']] // 2
                 name = name_folder(values, start, n_stages)
                 folder = folders.setdefault(
                     name, {'values': values, 'seed': seed, 'serves': [],
@@ -132,6 +133,25 @@ def plan_folders(names: list[str], scale: str, seeds: tuple[int, ...],
                 folder['serves'].append([experiment, label])
                 before = name if about.get('chain') else ''
     return base, folders
+
+
+def check_chain(experiment: str, scale: str, words: dict[str, Any]) -> None:
+    """Raise where scale or words do not suit all stages of a chain."""
+    stages = EXPERIMENTS[experiment]['variants'].values()
+    useless = f'--scale {scale}' * (scale != 'paper') or 'RECIPE' * ('RECIPE' in words)
+    if useless:
+        raise ValueError(f'{experiment} has recipes of its own, so {useless} says '
+                         'nothing: take --scale paper without a RECIPE, and words to '
+                         'make it small, as in ITER_MAX=100')
+    names = dict.fromkeys(resolve(stage['recipe'], words)['DATASET']
+                          for stage in stages)
+    given = {**running.read_settings(runtime.HERE), **words}
+    for name in OF_THE_DATA:
+        if given[name] and len(names) > 1:
+            raise ValueError(
+                f'{experiment} trains on {" and ".join(names)}, so {name}='
+                f'{given[name]} cannot hold for all its stages: leave it out and '
+                'prepare or link these data sets below data/, which all folders share')
 
 
 def name_folder(values: dict[str, Any], base: dict[str, Any], stage: int = 0) -> str:
@@ -186,39 +206,55 @@ def make(names: list[str], root: Path, scale: str, seeds: tuple[int, ...],
                  for name, value in plan.get('words', {}).items()}
     base, folders = plan_folders(names, runtime.known(scale, SCALES, 'scale'), seeds,
                                  words)
-    defaults = running.read_settings(runtime.HERE)
     study = {'scale': scale, 'recipe': words.get('RECIPE', '') or SCALES[scale],
              'words': {name: base.get(name) if name in PATHS else value
                        for name, value in words.items()},
-             'base': running.differences(base, defaults)}
-    for key, value in study.items():
-        if plan and plan[key] != running.as_read(value):
-            raise ValueError(f'{root} was made with {key} {plan[key]}, now it is '
-                             f'{running.as_read(value)}: give the same scale, words '
-                             'and settings.py, or another folder')
+             'base': base}
+    if plan:
+        check_study(root, plan, running.as_read(study))
     for name, folder in folders.items():
         if (root / name).exists():
             check_same(root / name, folder['values'])
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f'cannot make the folder {root} ({error}): give another one'
-                      ) from None
-    source, n_made = describe_source(), 0
-    entries = plan.get('folders', {})
+    lock = runtime.lock(root / MAKING, 'DIR')
+    if (root / running.PLAN).exists() and running.read_plan(root) != plan:
+        raise ValueError(f'another `make` has just changed {root}: give the same '
+                         'command again')
+    n_made, entries = 0, plan.get('folders', {})
     for name, folder in folders.items():
         if not (root / name).exists():
             make_folder(root / name, folder['values'])
             n_made += 1
-        known = entries.get(name, {'serves': [], 'source': source})
-        serves = known['serves'] + [pair for pair in folder['serves']
-                                    if pair not in known['serves']]
+        serves = entries.get(name, {'serves': []})['serves']
+        serves += [pair for pair in folder['serves'] if pair not in serves]
         entries[name] = {'seed': folder['seed'], 'after': folder['after'],
-                         'serves': serves, 'source': known['source']}
+                         'serves': serves}
+    # What of settings.py was changed is told as it was when the first folder was made.
+    study['differs'] = plan['differs'] if plan else list(
+        running.differences(base, running.read_settings(runtime.HERE)))
+    study['sources'] = {**plan.get('sources', {}), **find_commit()}
     running.write_json(root / running.PLAN, {**study, 'folders': entries})
+    lock.close()
+    chains = [name for name in names if EXPERIMENTS[name].get('chain')]
+    told = ([f'{scale} scale, recipe {study["recipe"]}'] * (len(chains) < len(names))
+            + [f'{name} with its own recipes' for name in chains])
     print(f'{root}: {n_made} folders made, {len(folders) - n_made} were there; '
-          f'{scale} scale, recipe {study["recipe"]}\n'
-          f'next: python ablate.py run {root}')
+          f'{", ".join(told)}\n'
+          f'next: python ablate.py run {shlex.quote(str(root))}')
+
+
+def check_study(root: Path, plan: dict[str, Any], study: dict[str, Any]) -> None:
+    """Raise where the folders that are there have another scale, words or baseline."""
+    for key in ('scale', 'recipe', 'words'):
+        if plan[key] != study[key]:
+            raise ValueError(f'{root} was made with {key} {plan[key]}, now it is '
+                             f'{study[key]}: give the same scale and words, or another '
+                             'folder')
+    old, new = plan['base'], study['base']
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            raise ValueError(f'{root} was made with {name} = {old.get(name)!r}, now it '
+                             f'is {new.get(name)!r}: put settings.py or recipes.py '
+                             'back, or give another folder')
 
 
 def check_same(folder: Path, values: dict[str, Any]) -> None:
@@ -239,13 +275,14 @@ def make_folder(folder: Path, values: dict[str, Any]) -> None:
         folder: is made.
         values: all settings.
     """
-    here, temporary = runtime.HERE, folder.with_name('.making')
+    here, temporary = runtime.HERE, folder.parent / MAKING / 'copy'
     shutil.rmtree(temporary, ignore_errors=True)  # of a make that was killed
     temporary.mkdir()
     for path in sorted(here.iterdir()):
         if path.is_file() and (path.suffix in SOURCES or path.name == '.gitignore'):
             shutil.copy2(path, temporary)
-        elif path.is_dir() and path.name not in NOT_COPIED and any(path.glob('*.py')):
+        elif (path.is_dir() and path.name not in running.NOT_COPIED
+              and any(path.glob('*.py'))):
             shutil.copytree(path, temporary / path.name, ignore=shutil.ignore_patterns(
                 '__pycache__', '.*', '*.pth'))
     (temporary / 'settings.py').write_text(runtime.rewrite_settings(
@@ -261,15 +298,20 @@ def make_folder(folder: Path, values: dict[str, Any]) -> None:
     os.replace(temporary, folder)
 
 
-def describe_source() -> str:
-    """Return the commit of this folder, where it is under git."""
+def find_commit() -> dict[str, str]:
+    """Return the hash of this folder's source with its commit, where it is one."""
+    def git(*words):
+        return subprocess.run(['git', '-C', str(runtime.HERE), *words], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                              ).stdout.strip()
     try:
-        done = subprocess.run(['git', '-C', str(runtime.HERE), 'describe', '--always',
-                               '--dirty', '--exclude=*'], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    except OSError:
-        return 'no git here'
-    return done.stdout.strip() or 'not under git'
+        commit = git('log', '-1', '--format=%h', '--', '.')
+        is_changed = git('status', '--porcelain', '--', '*.py', ':!settings.py')
+    except OSError:  # no git on this machine
+        return {}
+    if is_changed or not commit:
+        return {}
+    return {running.hash_source(runtime.HERE): commit}
 
 
 # -- the command line ------------------------------------------------------------------
@@ -279,10 +321,11 @@ def show_list() -> None:
     for name, about in EXPERIMENTS.items():
         print(f'{name}: {about["about"]}')
         for label, variant in about['variants'].items():
-            words = ' '.join(f'{key}={runtime.show_value(value)}' for key, value in
-                             variant.get('settings', variant).items()
-                             if key not in ('paper', 'paper_note'))
-            print(f'    {label:32} {words or "the baseline"}')
+            words = [f'{key}={runtime.show_value(value)}'
+                     for key, value in variant.get('settings', {}).items()]
+            words += [f'{key}={variant[key]}' for key in ('recipe', 'halved')
+                      if key in variant]
+            print(f'    {label:32} {" ".join(words) or "the baseline"}')
     print('\nscales (--scale), which differ by their recipe only:')
     for scale, recipe in SCALES.items():
         print(f'    {scale:7} RECIPE={recipe}: '
@@ -305,6 +348,10 @@ def main(args: argparse.Namespace) -> int | None:
                              'a folder are expected, as in make bases runs/bases; '
                              '`python ablate.py list` shows the names')
         *names, root = others
+        if '=' in root:
+            raise ValueError(f'{root} is no setting, nor a folder, as it has a =: '
+                             'settings are in capitals, as in LR=0.5, and the folder '
+                             'comes last')
         seeds = runtime.parse_value('--seeds', args.seeds, (1, 2, 3))
         return make(names, Path(root), args.scale, tuple(dict.fromkeys(seeds)),
                     args.given)

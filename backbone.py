@@ -25,6 +25,19 @@ DEEP_FILES = {50: 'resnet50-ebb6acbb.pth', 101: 'resnet101-2a57e44d.pth',
 STEMS = {'deep': (64, 64, 128), 'v1c': (32, 32, 64), 'plain': (64,)}  # channels
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half and bfloat16 tensors as float32, others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def in_full_precision(device_type: str) -> contextlib.AbstractContextManager:
+    """Switch autocast off, where it is on; an exported program has no such step."""
+    if (torch.amp.is_autocast_available(device_type)
+            and torch.is_autocast_enabled(device_type)):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class ConvBNReLU(nn.Module):
     """A convolution without bias that keeps the size, batch norm and ReLU.
 

@@ -19,7 +19,7 @@ fi
 files=$(find "$dir" -maxdepth 1 -type f \( -name 'latest.pth' -o -name 'step_*.pth' \
     -o -name 'best.pth' -o -name 'final.pth' -o -name '*.pth.tmp' -o -name 'log.txt' \
     -o -name 'log.jsonl' -o -name 'lock' -o -name 'settings.txt' -o -name 'events.out.tfevents.*' \
-    -o -name 'measure_*.json' -o -name 'check_*.json' -o -name 'check_*.png' \
+    -o -name 'measure_*.json' -o -name 'measure_*.md' -o -name 'check_*.json' -o -name 'check_*.png' \
     -o -name 'log.jsonl.tmp' -o -name 'settings.txt.tmp' \)
     if [ -d "$dir/eval" ]; then
         find "$dir/eval" -maxdepth 1 -type f \( -name '*.json' -o -name '*.png' \

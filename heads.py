@@ -5,14 +5,15 @@
 
 A head takes the list of the backbone's four features and returns logits (b, classes,
 h/os, w/os), those of DeepLabV3+ are (b, classes, h/4, w/4). Each is built as its
-authors published it; where it is not, its docstring says so.
+authors published it; where it is not, its docstring says so. Attention is computed in
+at least float32, as EM is.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone import ConvBNReLU
+from backbone import ConvBNReLU, at_least_float32, in_full_precision
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -75,7 +76,8 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n_in, h, w) -> (b, channels, h, w)."""
-        if self.training and len(x) == 1 and type(self.pool.bn) is nn.BatchNorm2d:
+        norm = self.pool.bn
+        if norm.training and len(x) == 1 and type(norm) is nn.BatchNorm2d:
             raise ValueError('DeepLab pools each image to one pixel, so that its batch '
                              'norm needs two images or more at a time, but there is '
                              'one: raise BATCH_SIZE or lower ACCUMULATE')
@@ -184,9 +186,9 @@ class PSAHead(nn.Module):
     given the others by theirs. Both, projected, stand beside the features.
 
     Its authors halve the features' sides, so that crops of one size fit the predicted
-    offsets. Here: the features are resized to a fixed grid, which is the same at crops
-    of 513 and the default grid, because images of any size and either output stride
-    shall be evaluated by it.
+    offsets. Here: the features are resized to a fixed grid, by default what the halving
+    makes of 513x513 crops at stride 8, because images of any size and either output
+    stride shall be evaluated by it.
 
     Args:
         n_in: channels of each level of the features.
@@ -221,13 +223,20 @@ class PSAHead(nn.Module):
         places = offsets.reshape(n, n) * n + torch.arange(n)
         self.register_buffer('places', places.flatten(), False)
 
+    @staticmethod
+    def mix(x: Tensor, weights: Tensor) -> Tensor:
+        """Mix pixels x (b, c, n) by weights (b, n, n), each column's after a softmax.
+        """
+        with in_full_precision(x.device.type):
+            return at_least_float32(x) @ at_least_float32(weights).softmax(1)
+
     def forward(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
         x = feats[-1]
         found, weights = self.collect(x, self.places)
-        collected = found @ weights.softmax(1)                     # (b, c, n)
+        collected = self.mix(found, weights)                       # (b, c, n)
         found, weights = self.distribute(x, self.places)
-        distributed = found @ weights.transpose(1, 2).softmax(1)   # (b, c, n)
+        distributed = self.mix(found, weights.transpose(1, 2))     # (b, c, n)
         both = torch.cat([collected, distributed], 1).unflatten(2, self.collect.grid)
         both = resize(self.project(both.to(x.dtype)), x.shape[2:])  # (b, n_in, h, w)
         x = torch.cat([x, both], 1) if self.concat else both
@@ -249,10 +258,11 @@ class NonLocal(nn.Module):
 
     def __init__(self, channels: int, bn_momentum: float = 0.1):
         super().__init__()
-        self.query = nn.Conv2d(channels, channels // 2, 1)
-        self.key = nn.Conv2d(channels, channels // 2, 1)
-        self.value = nn.Conv2d(channels, channels // 2, 1)
-        self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, bias=False),
+        n = max(channels // 2, 1)
+        self.query = nn.Conv2d(channels, n, 1)
+        self.key = nn.Conv2d(channels, n, 1)
+        self.value = nn.Conv2d(channels, n, 1)
+        self.out = nn.Sequential(nn.Conv2d(n, channels, 1, bias=False),
                                  nn.BatchNorm2d(channels, momentum=bn_momentum))
         nn.init.zeros_(self.out[1].weight)
 
@@ -273,7 +283,8 @@ class NonLocal(nn.Module):
         """(b, channels, h, w) -> the same."""
         query, key, value = (layer(x).flatten(2).transpose(1, 2)   # (b, n, c/2)
                              for layer in (self.query, self.key, self.value))
-        y = self.attend(query, key, value).to(x.dtype)
+        with in_full_precision(x.device.type):
+            y = self.attend(*map(at_least_float32, (query, key, value))).to(x.dtype)
         return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -293,6 +304,8 @@ class DoubleAttention(nn.Module):
 
     def __init__(self, channels: int, bases: int = 64, bn_momentum: float = 0.1):
         super().__init__()
+        if bases < 1:
+            raise ValueError(f'N_BASES={bases}: the A2 block needs 1 or more maps')
         n = max(channels // 4, 1)
         self.phi = nn.Conv2d(channels, n, 1)
         self.theta = nn.Conv2d(channels, bases, 1)
@@ -314,7 +327,9 @@ class DoubleAttention(nn.Module):
         """(b, channels, h, w) -> the same."""
         phi, theta, rho = (layer(x).flatten(2).transpose(1, 2)     # (b, n, c or k)
                            for layer in (self.phi, self.theta, self.rho))
-        y = self.distribute(self.gather(phi, theta), rho).to(x.dtype)
+        with in_full_precision(x.device.type):
+            phi, theta, rho = map(at_least_float32, (phi, theta, rho))
+            y = self.distribute(self.gather(phi, theta), rho).to(x.dtype)
         return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 

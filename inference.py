@@ -55,8 +55,8 @@ def padded_size(size: int, stride: int, align_corners: bool = True) -> int:
     """Return the least side, not below a size, at which features lie evenly.
 
     With aligned corners that is a multiple of the stride plus 1, and a feature lies on
-    every stride-th pixel exactly; without them a multiple, and each feature lies in the
-    middle of its block of pixels.
+    every stride-th pixel exactly; without them a multiple, and each feature is taken to
+    lie in the middle of its block of pixels.
     """
     edge = 1 if align_corners else 0
     return (size + stride - 1 - edge) // stride * stride + edge  # ONNX: -1 // 2 is 0

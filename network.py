@@ -6,7 +6,6 @@
 Letters are the paper's: x the features, z the responsibilities, mu the bases; n = h*w
 pixels, k bases, c channels, T stages.
 """
-import contextlib
 import math
 
 import torch
@@ -16,23 +15,10 @@ from torch import Tensor, nn
 
 import heads
 import settings
-from backbone import ConvBNReLU, ResNet
+from backbone import ConvBNReLU, ResNet, at_least_float32, in_full_precision
 from metric import PixelLoss
 
 EPS = 1e-6  # added to both denominators, as in the released code
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return half and bfloat16 tensors as float32, others as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def in_full_precision(device_type: str) -> contextlib.AbstractContextManager:
-    """Switch autocast off, where it is on; an exported program has no such step."""
-    if (torch.amp.is_autocast_available(device_type)
-            and torch.is_autocast_enabled(device_type)):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 class EMAU(nn.Module):

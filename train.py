@@ -27,6 +27,7 @@ import backbone
 import checkpoint
 import dataset
 import drawing
+import heads
 import inference
 import metric
 import network
@@ -275,6 +276,10 @@ def estimate_memory(session: Session) -> float:
     """
     n_ranks = session.team.world * settings.ACCUMULATE
     net = network.build(session.n_classes).to('meta')
+    if session.team.world > 1:  # DeepLab's pooled pixels are normalised over the ranks
+        for module in net.modules():
+            if isinstance(module, heads.ASPP):
+                module.pool.eval()
     kept = {}  # storage -> bytes
 
     def count(tensor):

@@ -3,9 +3,10 @@
     python ablate.py list
 
 An experiment has variants; a variant's `settings` stand on top of the scale's recipe,
-in which an empty set is the baseline. `paper` is a mIoU in percent, or one for each
-number of EM iterations at evaluation; `paper_note` says how it was got where that is
-not the ablations' way (ResNet-50, trained at stride 16, evaluated at 8, batch 12).
+in which an empty set is the baseline; what `halved` names is half as large as there.
+`paper` is a mIoU in percent, or one for each number of EM iterations at evaluation;
+`paper_note` says what it is of, where not all of them are of the ablations' network
+(ResNet-50, trained at stride 16, evaluated at 8, batch 12).
 `plot` is what `report` draws: `lines` over the iterations at evaluation, the `matrix`
 of figure 4, or `dots`. In a chain each stage has a recipe of its own, and starts from
 the weights of the stage before.
@@ -26,6 +27,7 @@ FIGURE_4 = {
     7: {7: 77.11, 8: 77.14},
     8: {8: 77.24}}
 TABLE_1 = {'paper_note': 'ResNet-101, stride 8'}
+RESNET_50 = {'paper_note': 'ResNet-50'}
 
 EXPERIMENTS = {
     'bases': {
@@ -151,18 +153,23 @@ EXPERIMENTS = {
                  '`N_LAYERS=101 STRIDE=8 BATCH_SIZE=16`.',
         'plot': 'dots',
         'variants': {
-            'EMANet': {'settings': {}, 'paper': 78.52},
+            'EMANet': {'settings': {}, 'paper': 78.52, **RESNET_50},
             'EMANet, no fc1': {'settings': {'FC1_CHANNELS': 0}, 'paper': 80.05,
                                **TABLE_1},
-            'EMANet, T = 1': {'settings': {'STAGE_NUM': 1}, 'paper': 77.34},
+            'EMANet, no fc1, half the channels': {
+                'settings': {'FC1_CHANNELS': 0}, 'halved': 'HEAD_CHANNELS',
+                'paper': 79.73, 'paper_note': 'EMANet(256), ResNet-101, stride 8'},
+            'EMANet, T = 1': {'settings': {'STAGE_NUM': 1}, 'paper': 77.34,
+                              **RESNET_50},
             'EMANet of mmsegmentation': {'settings': {'HEAD': 'ema_mmseg'}},
             'FCN': {'settings': {'HEAD': 'fcn'}},
             'DeepLabV3': {'settings': {'HEAD': 'deeplabv3'}, 'paper': 78.51, **TABLE_1},
             'DeepLabV3+': {'settings': {'HEAD': 'deeplabv3plus'}, 'paper': 79.35,
                            **TABLE_1},
             'PSANet': {'settings': {'HEAD': 'psanet'}, 'paper': 78.51, **TABLE_1},
-            'Non-local': {'settings': {'HEAD': 'nonlocal'}, 'paper': 77.78},
-            'A2': {'settings': {'HEAD': 'a2'}, 'paper': 77.41}},
+            'Non-local': {'settings': {'HEAD': 'nonlocal'}, 'paper': 77.78,
+                          **RESNET_50},
+            'A2': {'settings': {'HEAD': 'a2'}, 'paper': 77.41, **RESNET_50}},
     },
     **{f'voc_test_r{n}': {
         'about': "The VOC test server's three stages. The last one learns from val, so "

@@ -8,8 +8,10 @@ a folder is finished, DIR/results.json holds all results. train.py resumes by it
 import ast
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,10 @@ from tqdm import tqdm
 import runtime
 
 PLAN, RESULT, RESULTS = 'plan.json', 'result.json', 'results.json'
+# Folders of the project that a copy shares or does without.
+NOT_COPIED = ('data', 'models', 'docs', 'logdir', 'runs', 'predictions')
+LOST = 'error: another rank has ended'  # what ranks say that did not fail themselves
+GONE = 'the folder is gone: run the same `python ablate.py make` again'
 ITERATE = ('ema', 'ema_mmseg')      # heads with EM iterations
 STAGES = range(1, 9)                # their numbers at evaluation
 N_POINTS = 60                       # of a curve of the loss, at most
@@ -55,12 +61,16 @@ def read_plan(root: Path) -> dict[str, Any]:
     """Read what `make` wrote.
 
     Raises:
-        FileNotFoundError: in a sentence.
+        FileNotFoundError, ValueError: in a sentence.
     """
     if not (root / PLAN).is_file():
         raise FileNotFoundError(f'{root} has no {PLAN}: give a folder that `python '
                                 'ablate.py make` has made')
-    return json.loads((root / PLAN).read_text(encoding='utf-8'))
+    plan = json.loads((root / PLAN).read_text(encoding='utf-8'))
+    if 'sources' not in plan:
+        raise ValueError(f'{root / PLAN} is of an older ablate.py: go on with that '
+                         'one, or make the folders anew in another folder')
+    return plan
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -75,6 +85,29 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     left, right = '{}' if isinstance(rows, dict) else '[]'
     text = ',\n'.join(lines)
     runtime.write_text(path, f'{{\n{head}"{last}": {left}\n{text}\n{right}\n}}\n')
+
+
+def is_there(folder: Path) -> bool:
+    """Tell whether a folder that was made has not been removed."""
+    return (folder / 'settings.py').is_file()
+
+
+def hash_source(folder: Path) -> str:
+    """Return a hash of the .py files of a folder that a copy has too.
+
+    settings.py is left out, so folders of one source have the same hash.
+    """
+    files = [path for path in folder.glob('*.py') if path.name != 'settings.py']
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in NOT_COPIED and any(path.glob('*.py')):
+            files += path.rglob('*.py')
+    digest = hashlib.sha256()
+    for name, path in sorted((path.relative_to(folder).as_posix(), path)
+                             for path in files):
+        if not re.search(r'(^|/)[.]|__pycache__/', name):
+            digest.update(f'{name}\0{path.stat().st_size}\0'.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def read_rows(folder: Path, kind: str = 'train') -> Iterator[dict[str, Any]]:
@@ -112,8 +145,9 @@ def wanted_stages(values: dict[str, Any]) -> list[int]:
 
 
 def usual_stages(values: dict[str, Any]) -> int:
-    """Return the number of iterations at evaluation."""
-    return values['EVAL_STAGE_NUM'] or values['STAGE_NUM']
+    """Return the number of iterations at evaluation; 0 for a head without any."""
+    return (values['EVAL_STAGE_NUM'] or values['STAGE_NUM']
+            if values['HEAD'] in ITERATE else 0)
 
 
 def read_scores(folder: Path, values: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -124,7 +158,8 @@ def read_scores(folder: Path, values: dict[str, Any]) -> dict[int, dict[str, Any
         if (Path(scores['checkpoint']).name == 'final.pth' and not scores['averaged']
                 and scores['step'] == values['ITER_MAX']
                 and {name: scores['settings'].get(name) for name in SEEN} == seen):
-            found[scores['stages']] = scores
+            has_stages = values['HEAD'] in ITERATE  # older folders say 3 all the same
+            found[scores['stages'] if has_stages else 0] = scores
     return found
 
 
@@ -144,7 +179,8 @@ def collect(folder: Path, error: str = '') -> dict[str, Any]:
         before = row['step']
     environment = usual.get('environment', {})
     return {
-        'error': error or None, 'step': before, 'stages': usual_stages(values),
+        'source': hash_source(folder), 'error': error or None, 'step': before,
+        'stages': usual_stages(values),
         'mIoU': {str(t): round(s['mIoU'], 5) for t, s in sorted(scores.items())},
         'pAcc': {str(t): round(s['pAcc'], 5) for t, s in sorted(scores.items())},
         'IoU': [x if x is None else round(x, 4) for x in usual.get('IoU', [])],
@@ -171,18 +207,20 @@ def thin(points: list[tuple[int, float]]) -> list[list[float]]:
 
 def write_results(root: Path, plan: dict[str, Any]) -> None:
     """Put the results of all folders that have one into DIR/results.json."""
-    base = as_read({**read_settings(runtime.HERE), **plan['base']})
     runs = []
     for name, entry in plan['folders'].items():
         result = read_result(root / name)
-        if result:
+        if result and is_there(root / name):
             values = as_read(read_settings(root / name))
             values.pop('SEED')
+            source, commit = (f'files {result["source"]}',
+                              plan['sources'].get(result['source']))
             runs.append({'name': name, 'seed': entry['seed'], 'serves': entry['serves'],
-                         'settings': differences(values, base),
-                         'source': entry['source'], **result})
+                         'settings': differences(values, plan['base']), **result,
+                         'source': f'{commit} ({source})' if commit else source})
     write_json(root / RESULTS, {
-        'scale': plan['scale'], 'recipe': plan['recipe'], 'base': plan['base'],
+        'scale': plan['scale'], 'recipe': plan['recipe'],
+        'base': {name: plan['base'][name] for name in plan['differs']},
         'n_planned': len(plan['folders']), 'runs': runs})
 
 
@@ -213,26 +251,32 @@ class Job:
             self.environment.setdefault('OMP_NUM_THREADS', str(n_threads))
         self.process, self.began_at = None, 0
         self.is_evaluated = self.is_waiting = self.is_told = False
-        self.is_done, self.is_stopped, self.error = False, False, ''
+        self.is_done, self.is_stopped, self.is_gone = False, False, False
+        self.error = ''
 
     def advance(self, is_stopping: bool) -> bool:
         """Start what comes next if nothing runs; tell whether the folder is settled.
 
         Then `is_done`, or there is an `error`, or `is_stopped`: not finished, and not
-        by a fault of its own.
+        by a fault of its own; or `is_gone`.
 
         Args:
             is_stopping: start nothing more.
         """
+        if not is_there(self.folder) and not self.is_gone:  # removed, or moved away
+            self.is_gone = True
+            self.send(signal.SIGTERM)
         if self.process is not None:
             status = self.process.poll()
             if status is None:
                 return False
             self.process = None
-            if status:
+            if status and not self.is_gone:
                 self.is_stopped = is_stopping or status in STOPPED or status < 0
                 self.error = '' if self.is_stopped else self.last_words()
                 return True
+        if self.is_gone:
+            return True
         if is_stopping:
             self.is_stopped = True
             return True
@@ -267,12 +311,13 @@ class Job:
                 start_new_session=True, preexec_fn=follow_parent())
 
     def last_words(self) -> str:
-        """Return the sentence of the error that ended a process."""
+        """Return the sentence of the error that ended a process: the first one."""
         with open(self.folder / 'run.log', 'rb') as log:
             log.seek(self.began_at)
             lines = log.read().decode(errors='replace').strip().splitlines()
+        lines = [line for line in lines if line.strip() and line != LOST]
         said = [line[7:] for line in lines if line.startswith('error: ')]
-        return (said or lines or ['it ended without a word'])[-1]
+        return [*said, *lines[-1:], 'it ended without a word'][0]
 
     def send(self, number: int) -> None:
         """Pass a signal on."""
@@ -320,17 +365,21 @@ class Study:
     def __init__(self, root: Path, is_again: bool):
         self.root, self.is_again = root, is_again
         self.tried, self.failed = set(), {}  # names; name -> sentence
+        self.names, self.gone = [], []  # of the folders, and of those that are gone
         self.lengths = {}  # name -> ITER_MAX
         self.read()
 
     def read(self) -> None:
-        """Read the plan anew."""
-        self.plan = read_plan(self.root)
-        self.names = list(self.plan['folders'])
-        for name in self.names:
-            if not (self.root / name / 'settings.py').is_file():
-                raise FileNotFoundError(f'{self.root / name} is gone: run the same '
-                                        '`python ablate.py make` again')
+        """Read the plan anew, and see which folders are there."""
+        self.plan, before = read_plan(self.root), self.gone
+        self.names, self.gone = [], []
+        for name in self.plan['folders']:
+            if not is_there(self.root / name):
+                self.gone.append(name)
+                if name not in before:
+                    say(f'{name}: skipped, {GONE}')
+                continue
+            self.names.append(name)
             if name not in self.lengths:
                 self.lengths[name] = read_settings(self.root / name)['ITER_MAX']
 
@@ -342,15 +391,16 @@ class Study:
     def next(self, busy: set[str]) -> str:
         """Return a folder that can be started; '' where there is none now.
 
-        A folder that failed before its first step is tried each time: what it was made
-        with was wrong, not what it computed.
+        A folder that failed before its training began, which is when train.py opens its
+        log, is tried each time: what it was made with was wrong, not what it computed.
         """
         self.read()
         for name in self.names:
             if name in self.tried or name in busy or self.is_done(name):
                 continue
             result = read_result(self.root / name)
-            if result and result['step'] and not self.is_again:
+            has_begun = (self.root / name / 'logdir' / 'log.txt').exists()
+            if result and has_begun and not self.is_again:
                 self.failed[name] = result['error']
                 self.tried.add(name)
                 continue
@@ -363,8 +413,11 @@ class Study:
     def settle(self, job: Job) -> None:
         """Write down how a folder ended."""
         name = job.folder.name
-        self.tried.add(name)
-        if job.is_stopped:
+        if not job.is_gone:  # it may be made again
+            self.tried.add(name)
+        if job.is_gone:
+            pass  # `read` tells
+        elif job.is_stopped:
             self.failed[name] = 'it was stopped; the same command goes on'
         else:
             result = collect(job.folder, job.error)
@@ -454,6 +507,7 @@ def run(root: Path, n_jobs: int, devices: list[str], is_again: bool) -> int:
     if signals.exit_status:
         say('stopped; the same command goes on')
         return signals.exit_status
+    study.failed |= dict.fromkeys(study.gone, GONE)
     blocked = [name for name in study.names
                if name not in study.tried and not study.is_done(name)]
     for name in blocked:
@@ -461,7 +515,8 @@ def run(root: Path, n_jobs: int, devices: list[str], is_again: bool) -> int:
         study.failed[name] = f'it starts from {after}, which is not finished'
     say(f'results: {root / RESULTS}')
     if study.failed:
-        print(f'{len(study.failed)} of {len(study.names)} folders are not finished; '
+        print(f'{len(study.failed)} of {len(study.plan["folders"])} folders are not '
+              'finished; '
               '`--again` tries again those that failed on their way:', file=sys.stderr)
         for sentence in dict.fromkeys(study.failed.values()):
             print(f'  {sentence}:', *(f'    {name}' for name, its in
@@ -472,8 +527,8 @@ def run(root: Path, n_jobs: int, devices: list[str], is_again: bool) -> int:
 
 def tell(job: Job) -> str:
     """Return how a folder ended, in a few words."""
-    if job.is_stopped:
-        return 'stopped'
+    if job.is_gone or job.is_stopped:
+        return 'gone' if job.is_gone else 'stopped'
     if job.error:
         return f'failed: {job.error}'
     scores = read_scores(job.folder, job.values)[usual_stages(job.values)]

@@ -42,6 +42,10 @@ TABLE_1 = (
      None),
     ('A2', {'HEAD': 'a2', 'HEAD_CHANNELS': 512, 'FC1_CHANNELS': 256}, None))
 BACKBONE_1 = (190.6, 2603.0, 42.6)
+# What the paper's figures are of.
+PAPERS = {'N_LAYERS': (101,), 'STEM': ('auto', 'deep'), 'STAGE_NUM': (3,),
+          'EVAL_STAGE_NUM': (0, 3), 'N_BASES': (64,), 'PSA_GRID': ((33, 33),),
+          'EM_CONV1': ('auto', 'fixed'), 'DATASET': ('voc', 'coco_voc')}
 WHY = {  # a difference of more than 1 % to the paper
     'DeepLabV3+': 'ours has what its authors describe, image pooling, 48 channels of '
                   'layer1 and two 3x3 convolutions; without the image pooling it is '
@@ -125,22 +129,27 @@ def peak_of_inference(net: network.Segmenter, has_head: bool, size: int,
         net: in evaluation mode, on the CPU.
         has_head: with the head, or the backbone alone.
         size: side of the image in pixels.
-        device: on CUDA it is what torch has allocated, elsewhere the tensors alive; a
-            library's own scratch memory is in neither.
+        device: on CUDA it is what torch has allocated, after a first pass, so that what
+            its libraries keep for good is not in it; elsewhere the tensors alive.
     """
     parts = [net.backbone, net.head] if has_head else [net.backbone]
     weights = sum(t.numel() * t.element_size() for part in parts
                   for t in (*part.parameters(), *part.buffers()))
     parts = [copy.deepcopy(part).to(device) for part in parts]
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) - weights
-    with PeakOfTensors() as tensors:
+
+    def infer():
         x = torch.zeros(1, 3, size, size, device=device)
         for part in parts:
             x = part(x)
+
     if device.type == 'cuda':
+        infer()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) - weights
+        infer()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with PeakOfTensors() as tensors:
+        infer()
     return (weights + tensors.peak) / 1e6
 
 
@@ -156,12 +165,12 @@ def measure_table_1(size: int) -> dict:
     """
     before = {k: v for k, v in runtime.snapshot().items() if k != 'RECIPE'}
     device, rows = runtime.pick_device(), []
-    is_papers = (settings.N_LAYERS, settings.STRIDE, size, settings.STEM) in (
-        (101, 8, 513, 'auto'), (101, 8, 513, 'deep'))
     for name, values, paper in tqdm(TABLE_1, unit='head', disable=None):
         runtime.apply({**before, **values})
         net = network.build(len(dataset.get_facts()['classes']), is_eval=True)
         macs = count_operations(copy.deepcopy(net), size)
+        is_papers = net.stride == 8 and size == 513 and all(
+            getattr(settings, name) in wanted for name, wanted in PAPERS.items())
         if not rows:
             alone = peak_of_inference(net, False, size, device)
             rows.append({'name': f'ResNet-{settings.N_LAYERS}', 'settings': {},
@@ -174,12 +183,12 @@ def measure_table_1(size: int) -> dict:
                      'multiply_adds': macs[1], 'memory_MB': peak - alone,
                      'paper': paper if is_papers else None})
     runtime.apply(before)
-    text = write_table(rows, size)
+    text = write_table(rows, size, net.stride)
     print(text)
     return {'size': size, 'rows': rows, 'markdown': text}
 
 
-def write_table(rows: list[dict], size: int) -> str:
+def write_table(rows: list[dict], size: int, stride: int) -> str:
     """Return Table 1 in Markdown, aligned so that it reads well on a console too."""
     head = ['', 'parameters', 'paper', 'multiply-adds', 'paper', 'FLOPs', 'memory',
             'paper']
@@ -208,7 +217,7 @@ def write_table(rows: list[dict], size: int) -> str:
              + ' |' for line in lines]
     table[1] = '|' + '|'.join('-' * (width + 1) + ('-' if i == 0 else ':')
                               for i, width in enumerate(widths)) + '|'
-    intro = (f'One {size}x{size} image, output stride {settings.STRIDE}; below the '
+    intro = (f'One {size}x{size} image, output stride {stride}; below the '
              'backbone what each head adds to it, classifier and bases included. The '
              "paper's FLOPs are multiply-adds. Memory is the peak of inference in "
              'fp32, weights included; the paper does not say how it took its own.')

@@ -35,13 +35,15 @@ for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
     signal.signal(number, lambda *_, status=status: sys.exit(status))
 if s.INIT_FROM and not os.path.isfile(s.INIT_FROM):
     sys.exit('error: INIT_FROM is not there')
+is_bad = s.EM_UPDATE == 'never' and not os.path.exists('../mended')
+if is_bad and os.path.exists('../early'):
+    sys.exit('error: no data')
+(log / 'log.txt').touch()
 for step in range(1, s.ITER_MAX + 1):
-    if s.EM_UPDATE == 'never' and not os.path.exists('../mended'):
-        if not os.path.exists('../early') and step < 3:
-            pass
-        else:
-            print('error: not finite', file=sys.stderr)
-            sys.exit(2)
+    if is_bad and (step == 3 or os.path.exists('../collapse')):
+        print('error: not finite', file=sys.stderr)
+        print('error: another rank has ended', file=sys.stderr)
+        sys.exit(2)
     with open(log / 'log.jsonl', 'a') as f:
         print(json.dumps({'kind': 'train', 'step': step, 'loss': 1 / step,
                           'images_per_s': 2.0}), file=f)
@@ -57,7 +59,7 @@ with open('calls', 'a') as f:
     print(json.dumps(sys.argv), file=f)
 out = pathlib.Path(s.LOG_DIR, 'eval')
 out.mkdir()
-stages = [3]
+stages = [s.EVAL_STAGE_NUM or s.STAGE_NUM] if s.HEAD in ('ema', 'ema_mmseg') else [0]
 if '--stages' in sys.argv:
     stages = json.loads(f"[{sys.argv[sys.argv.index('--stages') + 1]}]")
 for t in stages:
@@ -138,7 +140,8 @@ def test_experiments_hold_known_settings():
         assert set(about) <= {'about', 'paper_says', 'plot', 'chain', 'variants'}
         assert about['plot'] in ('lines', 'matrix', 'dots'), name
         for label, variant in about['variants'].items():
-            assert set(variant) <= {'settings', 'recipe', 'paper', 'paper_note'}
+            assert set(variant) <= {'settings', 'recipe', 'halved', 'paper',
+                                    'paper_note'}
             assert ('recipe' in variant) == bool(about.get('chain')), (name, label)
             assert '|' not in label and variant.get('recipe', 'demo') in recipes.RECIPES
             for key, value in variant.get('settings', {}).items():
@@ -181,6 +184,28 @@ def test_figure_4_is_a_triangle():
     assert max(FIGURE_4, key=lambda t: FIGURE_4[t][8]) == 3
 
 
+@pytest.mark.parametrize('scale', SCALES)
+def test_half_the_channels_at_every_scale(scale):
+    base, folders = ablate.plan_folders(['heads'], scale, (1,), {})
+    label = 'EMANet, no fc1, half the channels'
+    values, = (folder['values'] for folder in folders.values()
+               if ['heads', label] in folder['serves'])
+    assert running.differences(values, base) == {
+        'HEAD_CHANNELS': base['HEAD_CHANNELS'] // 2, 'FC1_CHANNELS': 0}
+    if scale == 'paper':  # EMANet(256)
+        recipe = recipes.RECIPES['voc_r101_emanet256']
+        assert running.differences(values, base) == {
+            name: value for name, value in recipe['settings'].items()
+            if name != 'DATASET'}
+        assert EXPERIMENTS['heads']['variants'][label]['paper'] == 100 * recipe['mIoU']
+
+
+def test_rows_of_several_networks_say_of_which():
+    for label, variant in EXPERIMENTS['heads']['variants'].items():
+        has_note = 'ResNet-' in variant.get('paper_note', '')
+        assert ('paper' in variant) == has_note, label
+
+
 def test_list(no_torch):
     done = run_script('ablate.py', 'list')
     assert done.returncode == 0, done.stderr
@@ -191,6 +216,8 @@ def test_list(no_torch):
     for recipe in SCALES.values():
         assert f'RECIPE={recipe}' in done.stdout
     assert 'EM_UPDATE=back_propagation EM_GRADIENT=full' in done.stdout
+    assert 'FC1_CHANNELS=0 halved=HEAD_CHANNELS' in done.stdout
+    assert 'recipe=voc_test_r101_coco' in done.stdout
 
 
 # -- make ------------------------------------------------------------------------------
@@ -217,7 +244,15 @@ def test_made_folders_differ_by_settings_only(no_torch, tmp_path):
         assert path.read_bytes() == (HERE / path.relative_to(one)).read_bytes()
     assert {path.name for path in HERE.glob('*.py')} == {
         path.name for path in one.glob('*.py')}
-    assert [path.name for path in root.glob('.*')] == []
+    assert [path.name for path in root.glob('.making/*')] == ['lock']
+    # so both have the hash of this folder's source, which another file changes
+    assert (running.hash_source(one) == running.hash_source(other)
+            == running.hash_source(HERE))
+    for name in ('train.py', 'ablation/more.py'):
+        before = running.hash_source(one)
+        with open(one / name, 'a') as file:
+            file.write('# mine')
+        assert running.hash_source(one) != before
 
 
 def test_what_is_copied_and_linked(no_torch, tmp_path):
@@ -264,13 +299,14 @@ def test_make_adds_and_never_overwrites(no_torch, tmp_path):
     make(root, 'loss', 'LR=0.5', stand_in=False)
     first = root / 'emanet50.moving_average.l2.3stages.seed1'
     (first / 'mine').write_text('kept')
-    (root / '.making').mkdir()  # as a make that was killed leaves it
-    (root / '.making' / 'train.py').touch()
+    (root / '.making' / 'copy').mkdir()  # as a make that was killed leaves it
+    (root / '.making' / 'copy' / 'train.py').touch()
     done = make(root, 'bias_rate', '--seeds', '1,2', stand_in=False)
     assert '3 folders made, 1 were there' in done.stdout
     assert (first / 'mine').read_text() == 'kept'
     plan = read(root / 'plan.json')
-    assert len(plan['folders']) == 5 and not (root / '.making').exists()
+    assert len(plan['folders']) == 5
+    assert [path.name for path in root.glob('.making/*')] == ['lock']
     assert plan['folders'][first.name]['serves'] == [
         ['loss', 'all pixels of the crops'], ['bias_rate', 'twice']]
     for name in plan['folders']:  # the words of the first time hold on
@@ -294,6 +330,76 @@ def test_folders_that_are_there_with_other_settings(no_torch, tmp_path):
     assert sorted(os.listdir(root)) == names
 
 
+def test_two_makes_at_once(no_torch, tmp_path, monkeypatch):
+    root = tmp_path / 'study'
+    lock = runtime.lock(root / '.making')
+    is_sentence(run_script('ablate.py', 'make', 'loss', root), 'another process writes',
+                str(root))
+    assert os.listdir(root) == ['.making']
+    lock.close()
+    # another one ends before we have the lock
+    monkeypatch.setattr(running, 'read_plan', lambda root: {'sources': {'a': 'b'}})
+    monkeypatch.setattr(runtime, 'lock', lambda *args: (root / 'plan.json').touch())
+    with pytest.raises(ValueError, match='another `make` has just changed'):
+        ablate.make(['loss'], root, '', (1,), {})
+
+
+def test_the_baseline_is_that_of_the_plan(no_torch, tmp_path):
+    """settings.py is changed after `make`."""
+    make(tmp_path / 'a', 'loss', stand_in=False)
+    home, root = next((tmp_path / 'a').glob('*seed1')), tmp_path / 'it is mine'
+
+    def call(*words):
+        return subprocess.run([sys.executable, home / 'ablate.py', *words], text=True,
+                              capture_output=True)
+
+    done = call('make', 'loss', root, 'ITER_MAX=1', 'LR=0.5')
+    assert done.returncode == 0 and f"ablate.py run '{root}'" in done.stdout
+    plan = read(root / 'plan.json')
+    assert plan['base'] == running.as_read(
+        ablate.resolve('ablation_paper', {'ITER_MAX': 1, 'LR': 0.5}))
+    assert plan['differs'] == ['ITER_MAX', 'LR']  # from home's settings.py
+    for name in plan['folders']:
+        (root / name / 'train.py').write_text(TRAIN)
+        (root / name / 'eval.py').write_text(EVAL)
+    file = home / 'settings.py'
+    file.write_text(file.read_text().replace('\nLR_POWER = 0.9', '\nLR_POWER = 0.8'))
+    is_sentence(call('make', 'bias_rate', root), 'LR_POWER = 0.9, now it is 0.8')
+    assert call('run', root).returncode == 0
+    results = read(root / 'results.json')
+    assert [run['settings'] for run in results['runs']] == [{}, {'LOSS_NORM': 'valid'}]
+    assert results['base'] == {'ITER_MAX': 1, 'LR': 0.5}
+    (root / 'plan.json').write_text('{"base": {}}')
+    is_sentence(call('run', root), 'of an older ablate.py')
+
+
+def test_the_commit_of_the_source(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *words],
+                       cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    monkeypatch.setattr(runtime, 'HERE', tmp_path)
+    (tmp_path / 'train.py').write_text('a')
+    (tmp_path / '.gitignore').write_text('runs/')
+    assert ablate.find_commit() == {}
+    git('init')
+    git('add', '.')
+    git('commit', '-m', 'first')
+    (known, commit), = ablate.find_commit().items()
+    assert known == running.hash_source(tmp_path) and re.fullmatch('[0-9a-f]+', commit)
+    (tmp_path / 'settings.py').write_text('LR = 1')  # is not of the source
+    assert ablate.find_commit() == {known: commit}
+    for name in ('train.py', 'new.py'):
+        (tmp_path / name).write_text('b')
+        assert ablate.find_commit() == {} and running.hash_source(tmp_path) != known
+        (tmp_path / 'train.py').write_text('a')
+    (tmp_path / 'runs').mkdir()
+    monkeypatch.setattr(runtime, 'HERE', tmp_path / 'runs')  # under it, but not of it
+    (tmp_path / 'runs' / 'train.py').write_text('c')
+    assert ablate.find_commit() == {}
+
+
 @pytest.mark.parametrize('words, parts', [
     (['make', 'bass', 'x'], ['no experiment bass', 'did you mean bases?']),
     (['make', 'bases', 'x', '--scale', 'laptopp'], ['did you mean laptop?']),
@@ -304,9 +410,15 @@ def test_folders_that_are_there_with_other_settings(no_torch, tmp_path):
     (['make', 'bases', 'x', '--seeds', '1,a'], ['--seeds=1,a']),
     (['make', 'bases'], ['then a folder']), (['make', 'bases', 'heads'], ['then a']),
     (['make', 'voc_test_r101', 'x', '--scale', 'laptop'], ['--scale paper']),
+    (['make', 'voc_test_r101', 'x', 'RECIPE=demo'], ['so RECIPE says nothing']),
+    *((['make', 'voc_test_r152', 'x', f'{name}=/a'],
+       ['trains on coco_voc and voc', f'{name}=/a cannot', 'below data/'])
+      for name in ('DATA_ROOT', 'TRAIN_SPLIT', 'VAL_SPLIT', 'CACHE')),
+    (['make', 'bases', 'loss', 'lr=0.5'], ['lr=0.5 is no setting', 'LR=0.5']),
     (['run', 'x'], ['x has no plan.json']), (['run'], ['one folder']),
     (['run', 'x', '--jobs', '-1'], ['--jobs -1']),
     (['run', 'x', 'LR=2'], ['run takes no settings']),
+    (['report', 'x.json', '--out', 'docs'], ['docs: a Markdown file', 'docs.md']),
     (['report'], ['files of results']), (['report', 'x.json'], ['x.json is not there']),
     (['lst'], ['did you mean list?'])])
 def test_wrong_words(words, parts, tmp_path, monkeypatch, capsys):
@@ -357,7 +469,10 @@ def test_run_finishes_all_and_then_nothing(no_torch, tmp_path):
     assert result['name'].endswith('seed2') and result['seed'] == 2
     assert result['settings'] == {'HEAD': 'a2'}
     assert result['serves'] == [['heads', 'A2']]
-    assert result['mIoU'] == {'3': 0.23} and result['IoU'] == [0.25, None]
+    assert result['mIoU'] == {'0': 0.2} and result['IoU'] == [0.25, None]
+    assert result['stages'] == 0
+    files = running.hash_source(root / names[-1])
+    assert result['source'] == f'files {files}' != running.hash_source(HERE)
     assert result['error'] is None and result['step'] == 200
     assert result['seconds'] == 200 * 4 / 2
     assert len(result['loss']) == 60 and result['loss'][-1][0] == 200
@@ -370,6 +485,10 @@ def test_run_finishes_all_and_then_nothing(no_torch, tmp_path):
     done = run(root)
     assert done.returncode == 0 and read(root / 'results.json') == results
     assert all(len(calls(root / name)) == 2 for name in names)
+    plan = read(root / 'plan.json')
+    running.write_results(root, {**plan, 'sources': {files: 'abc'}})
+    result = read(root / 'results.json')['runs'][-1]
+    assert result['source'] == f'abc (files {files})'
 
 
 def test_a_failing_folder_does_not_stop_the_others(no_torch, tmp_path):
@@ -382,7 +501,8 @@ def test_a_failing_folder_does_not_stop_the_others(no_torch, tmp_path):
         assert re.search(f'not finite:\n    {re.escape(bad)}\n$', done.stderr)
         found = {r['name']: r for r in read(root / 'results.json')['runs']}
         assert {name for name in found if found[name]['error']} == {bad}
-        assert found[bad]['error'] == 'not finite' and found[bad]['step'] == 2
+        assert found[bad]['error'] == 'not finite'  # not what the other rank said
+        assert found[bad]['step'] == 2
         assert found[bad]['mIoU'] == {} and len(found[bad]['loss']) >= 2
         assert len(found) == 3 and len(calls(root / bad)) == n_tries
     (root / 'mended').touch()
@@ -390,18 +510,64 @@ def test_a_failing_folder_does_not_stop_the_others(no_torch, tmp_path):
     assert not [r for r in read(root / 'results.json')['runs'] if r['error']]
 
 
-def test_what_fails_before_its_first_step_is_tried_each_time(no_torch, tmp_path):
+def test_what_fails_before_it_trains_is_tried_each_time(no_torch, tmp_path):
     root = tmp_path / 'study'
     make(root, 'bases', 'ITER_MAX=2')
     (root / 'early').touch()
-    assert run(root).returncode == 1
+    assert 'no data' in run(root).stderr
+    bad = root / 'emanet50.never.l2.3stages.seed1'
+    (root / 'early').rename(root / 'collapse')  # before its first row
+    for _ in range(2):  # but that is settled
+        done = run(root)
+        assert done.returncode == 1 and 'not finite' in done.stderr
+        assert len(calls(bad)) == 2 and steps(bad) == []
     (root / 'mended').touch()
+    assert run(root).returncode == 1
+    assert run(root, '--again').returncode == 0
+
+
+@pytest.mark.parametrize('said, sentence', [
+    ('a\nerror: first\nerror: second\nerror: another rank has ended\n', 'first'),
+    ('error: another rank has ended\nerror: true\n', 'true'),
+    ('Traceback\nKeyError: 3\nerror: another rank has ended\n\n', 'KeyError: 3'),
+    ('error: another rank has ended\n', 'it ended without a word'),
+    ('', 'it ended without a word')])
+def test_the_true_sentence_is_told(said, sentence, tmp_path):
+    (tmp_path / 'settings.py').write_text('LR = 1\n')
+    (tmp_path / 'run.log').write_text(f'error: of before\n{said}')
+    job = running.Job(tmp_path, '', 0)
+    job.began_at = len('error: of before\n')
+    assert job.last_words() == sentence
+
+
+@pytest.mark.parametrize('is_at_work', [True, False])
+def test_a_folder_that_is_removed_is_skipped(is_at_work, no_torch, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'bases', 'ITER_MAX=3')
+    names = list(read(root / 'plan.json')['folders'])
+    for name in ('wait', 'mended'):
+        (root / name).touch()
+    process = start(root)
+    until(lambda: steps(root / names[0]))
+    (root / names[not is_at_work]).rename(tmp_path / 'away')
+    if is_at_work:  # its process is told to stop, then the others go on
+        until(lambda: (root / names[1] / 'calls').exists())
+    (root / 'wait').unlink()
+    out, error = process.communicate(timeout=60)
+    gone = names[not is_at_work]
+    assert process.returncode == 1 and 'Traceback' not in error
+    assert out.count(f'{gone}: skipped, the folder is gone: run the same') == 1
+    assert '1 of 3 folders are not finished' in error and gone in error
+    assert [run['name'] for run in read(root / 'results.json')['runs']] == [
+        name for name in names if name != gone]
+    (tmp_path / 'away').rename(root / gone)
     assert run(root).returncode == 0
 
 
 def test_a_chain_is_run_in_order(no_torch, tmp_path):
     root = tmp_path / 'study'
-    make(root, 'voc_test_r152', 'ITER_MAX=2', '--seeds', '1,2')
+    done = make(root, 'voc_test_r152', 'ITER_MAX=2', '--seeds', '1,2')
+    assert 'were there; voc_test_r152 with its own recipes\n' in done.stdout
     assert run(root, '--jobs', '5').returncode == 0
     for seed in (1, 2):
         names = [f'emanet152.moving_average.l2.3stages.stage{i}.seed{seed}'
@@ -463,7 +629,7 @@ def test_threads_are_divided(no_torch, tmp_path, monkeypatch):
     make(root, 'loss', 'ITER_MAX=1')
     folders = sorted(root.glob('*seed1'))
     monkeypatch.delenv('OMP_NUM_THREADS')
-    (folders[1] / 'result.json').write_text('{"error": ""}')
+    (folders[1] / 'result.json').write_text('{"error": "", "source": ""}')
     assert run(root, '--jobs', '1').returncode == 0
     (folders[1] / 'result.json').unlink()
     assert run(root, '--jobs', '999').returncode == 0
@@ -497,6 +663,17 @@ def test_scores_of_another_kind_are_not_taken(tmp_path):
     assert running.read_scores(tmp_path, values) == {}
     (where / 'right.json').write_text(json.dumps(right))
     assert list(running.read_scores(tmp_path, values)) == [3]
+
+
+@pytest.mark.parametrize('t', [0, 3])  # as eval.py writes it, and as it once did
+def test_a_head_without_iterations_has_one_score(t, tmp_path):
+    values = {**runtime.snapshot(), 'ITER_MAX': 9, 'HEAD': 'fcn', 'EVAL_STAGE_NUM': 5}
+    (tmp_path / 'logdir' / 'eval').mkdir(parents=True)
+    (tmp_path / 'logdir' / 'eval' / 'a.json').write_text(json.dumps({
+        'checkpoint': 'logdir/final.pth', 'step': 9, 'stages': t, 'averaged': [],
+        'settings': values}))
+    assert list(running.read_scores(tmp_path, values)) == [0]
+    assert running.usual_stages(values) == 0 and running.wanted_stages(values) == []
 
 
 def test_thinning():
@@ -551,6 +728,19 @@ def test_killed_in_the_middle(voc, tmp_path):
     assert all(0 < miou < 1 for miou in results[0]['mIoU'].values())
     assert len(results[0]['IoU']) == 21 and results[0]['environment']['torch']
     assert results[1]['settings'] == {'LOSS_NORM': 'valid'}
+
+
+def test_a_rival_head_in_earnest(voc, tmp_path):
+    root = tmp_path / 'study'
+    make(root, 'loss', *TINY, f'DATA_ROOT={voc}', 'TRAIN_SPLIT=train', 'DATASET=voc',
+         'ITER_MAX=1', 'HEAD=fcn', stand_in=False)
+    names = list(read(root / 'plan.json')['folders'])
+    shutil.rmtree(root / names[1])
+    done = run(root)
+    assert done.stderr.startswith('1 of 2 folders') and names[1] in done.stderr
+    result, = read(root / 'results.json')['runs']
+    assert result['error'] is None and result['stages'] == 0
+    assert list(result['mIoU']) == ['0'] and 0 <= result['mIoU']['0'] < 1
 
 
 @pytest.mark.slow
@@ -632,7 +822,9 @@ def test_report(no_torch, study, tmp_path):
             '![iterations, voc_tiny: mIoU over the iterations in training and at '
             'evaluation](found/voc_tiny_iterations.png)'):
         assert f'\n{line}\n' in text, line
-    assert '11 of 20 runs are finished, 1 failed; 6.0 hours' in text
+    assert ('11 of 20 runs are finished, 1 failed: each is told below its table; '
+            '6.0 hours') in text
+    assert text.count('The column `paper` is of VOC val: ResNet-50 from') == 1
     assert 'my CPU' in text and '\nLR=0.5\n' in text
     pictures = re.findall(r'\]\((.+\.png)\)', text)
     assert len(pictures) == 4
@@ -659,6 +851,81 @@ def test_report_keeps_the_prose_and_is_stable(study, tmp_path):
     before = [file.read_bytes() for file in files]
     report.report([study], out)
     assert [file.read_bytes() for file in files] == before and len(files) == 5
+
+
+@pytest.mark.parametrize('text', [
+    '<!-- ablate: s e -->\nold\n<!-- end -->',  # its last line has no end
+    '<!-- ablate: s e -->  \nold\n  <!-- end --> \n',
+    'Before.\n\n<!-- ablate: s e --> \n<!-- end -->\nAfter.'])
+def test_marks_are_found(text):
+    found = report.put(text, 's', 'e', 'new\n')
+    assert found == re.sub('<!-- ablate(.|\n)*<!-- end -->',
+                           '<!-- ablate: s e -->\nnew\n<!-- end -->',
+                           text).replace('  <', '<').replace('> \n', '>\n') + (
+        '\n' * text.endswith('<!-- end -->'))
+    assert report.put(found, 's', 'e', 'new\n') == found
+
+
+def test_no_difference_to_another_variant(study):
+    content = report.read_study(study)
+    content['runs'] = [run for run in content['runs'] if run['settings']]
+    normalisation, iterations = report.sort_runs('s', content)
+    for experiment in (normalisation, iterations):
+        assert experiment.baseline == ''
+        text = report.describe_experiment(experiment, 'x')
+        assert 'No variant that was run has the settings of the baseline' in text
+        assert 'difference to' not in text
+        assert report.draw_dots(experiment).axes
+
+
+def test_no_variant_is_told_apart(study):
+    content = report.read_study(study)
+    content['runs'] = [run for run in content['runs'] if run['settings'] != {
+        'EM_NORM': 'none'}]
+    assert report.verdict(report.sort_runs('s', content)[0]) == (
+        'No variant is told apart from L2 by the spread over seeds: LayerNorm (3 '
+        'seeds).')
+
+
+def test_results_of_the_first_ablate(study):
+    """Heads without iterations had stages 3, and there was no source."""
+    content = report.read_study(study)
+    content['runs'] = [
+        {**result(1, 'EMANet', {t: 50 + t for t in range(1, 9)}, 'heads'),
+         'source': ''},
+        {**result(1, 'FCN', 48.5, 'heads', HEAD='fcn'), 'source': ''},
+        {**result(2, 'A2', 49, 'heads', HEAD='a2'), 'stages': 0, 'mIoU': {'0': 0.49}}]
+    study.write_text(json.dumps(content))
+    out = study.with_name('docs.md')
+    report.report([study], out)
+    text = out.read_text()
+    for line in ('| EMANet | 53.00 | 53.00 | - |  | 78.52 (ResNet-50) |',
+                 '| FCN | 48.50 | 48.50 | - | -4.50 | - |',
+                 '| A2 | 49.00 | - | 49.00 | - | 77.41 (ResNet-50) |'):
+        assert f'\n{line}\n' in text, line
+    assert '; source abc; ' in text
+
+
+def test_report_of_a_chain(study):
+    content = report.read_study(study)
+    recipes_of = [f'voc_test_r101{end}' for end in ('_coco', '_trainaug', '')]
+    chain = [result(1, label, 60, 'voc_test_r101', N_LAYERS=101, LR=rate, **more)
+             for label, rate, more in (
+                 ('COCO', 0.009, {}), ('trainaug', 0.001, {'INIT_FROM': '../a/b.pth'}),
+                 ('trainval', 0.0001, {'TRAIN_SPLIT': 'trainval'}))]
+    for runs, is_mixed in ((chain, False), (chain + content['runs'], True)):
+        content['runs'] = runs
+        study.write_text(json.dumps(content))
+        out = study.with_name(f'docs{is_mixed}.md')
+        report.report([study], out)
+        text = out.read_text()
+        assert ('recipe `ablation_laptop`' in text) == is_mixed
+        assert ('What all runs but the chains have in common' in text) == is_mixed
+        assert 'voc_test_r101 with its own recipes; ' in text
+        assert [text.count(f'recipe `{name}`, and in all') for name in recipes_of] == [
+            1, 1, 1]
+        assert '\nLR=0.0001 N_LAYERS=101 TRAIN_SPLIT=trainval\n' in text
+        assert '../a' not in text and 'INIT_FROM' not in text
 
 
 def test_two_studies_in_one_report(study, tmp_path):
@@ -733,3 +1000,30 @@ def test_pictures_show_the_numbers(study):
     loss, scores = report.draw_curves(normalisation).axes
     assert list(loss.lines[0].get_ydata()) == [2, 1] and loss.get_yscale() == 'log'
     assert list(scores.lines[0].get_ydata()) == [30]
+
+
+def test_rows_are_of_the_training(study):
+    """EVAL_STAGE_NUM=5 among the words: the score that counts is at 5 for all."""
+    content = report.read_study(study)
+    for run in content['runs']:
+        run['stages'] = 5
+    _, iterations = report.sort_runs('s', content)
+    ours = report.draw_matrix(iterations).axes[0]
+    assert [label.get_text() for label in ours.get_yticklabels()] == ['1', '3']
+    assert len(ours.texts) == 16
+
+
+def test_a_mean_is_of_all_seeds(study):
+    content = report.read_study(study)
+    losses = {1: [[10, 1.0], [20, 2.0], [30, 9.0]], 2: [[10, 3.0], [20, 4.0]], 3: []}
+    for run in content['runs']:
+        if run['serves'] == [['normalisation', 'L2']]:
+            run['loss'] = losses[run['seed']]
+        if run['serves'] == [['iterations', 'T = 1']]:
+            run['serves'] = [['normalisation', 'none']]
+    normalisation, _ = report.sort_runs('s', content)
+    line = report.draw_curves(normalisation).axes[0].lines[0]
+    assert [list(xy) for xy in line.get_xydata()] == [[10, 2], [20, 3]]
+    lines = {line.get_label(): line for line in report.draw_lines(normalisation).axes[
+        0].lines}  # one seed of three has been evaluated with more than 3
+    assert list(lines['none'].get_xdata()) == [3]

@@ -8,6 +8,7 @@ from conftest import run_script
 from test_heads import HAND
 from torch import nn
 
+import settings
 from measurement import cost
 
 
@@ -59,7 +60,7 @@ def test_what_differs_from_the_paper_is_explained():
         parameters, macs = HAND[key]
         rows.append({'name': name, 'settings': {}, 'parameters': parameters,
                      'multiply_adds': macs, 'memory_MB': 40.4, 'paper': paper})
-    text = cost.write_table(rows, 513)
+    text = cost.write_table(rows, 513, 8)
     table = [line for line in text.splitlines() if line.startswith('|')]
     assert len({len(line) for line in table}) == 1 and len(table) == 6
     cells = [cell.strip() for cell in table[3].strip('|').split('|')]
@@ -69,6 +70,30 @@ def test_what_differs_from_the_paper_is_explained():
     assert len(notes) == 2
     assert '- DeepLabV3+: +3.3 % parameters and +1.3 % operations' in notes[0]
     assert '- PSANet: +51.0 % parameters and +73.1 % operations' in notes[1]
+
+
+@pytest.mark.parametrize('words, is_compared', [
+    ({}, True), ({'STRIDE': 16, 'EVAL_STRIDE': 8}, True), ({'EVAL_STRIDE': 16}, False),
+    ({'STAGE_NUM': 8}, False), ({'N_BASES': 256}, False), ({'PSA_GRID': (9, 9)}, False),
+    ({'DATASET': 'cityscapes'}, False), ({'N_LAYERS': 50}, False)])
+def test_only_like_is_compared(words, is_compared, monkeypatch, capsys):
+    """The paper's figures stand beside networks that are the paper's, and no others."""
+    monkeypatch.setattr(cost, 'peak_of_inference', lambda *_: 1.0)
+    build = cost.network.build
+
+    def build_nothing(*args, **options):
+        with torch.device('meta'):
+            return build(*args, **options)
+
+    monkeypatch.setattr(cost.network, 'build', build_nothing)
+    monkeypatch.setattr(cost, 'TABLE_1', cost.TABLE_1[:1])
+    for name, value in words.items():
+        monkeypatch.setattr(settings, name, value)
+    result = cost.measure_table_1(513)
+    assert all((row['paper'] is not None) == is_compared for row in result['rows'])
+    assert ('190.6 G' in capsys.readouterr().out) == is_compared
+    stride = 16 if words == {'EVAL_STRIDE': 16} else 8
+    assert f'output stride {stride};' in result['markdown']
 
 
 def test_numbers_of_the_explanations():

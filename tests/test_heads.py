@@ -2,6 +2,7 @@
 and torchvision's, their relation to the EM attention unit, and training with each."""
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import test_export
@@ -136,6 +137,18 @@ def test_deeplab_pools_two_images_or_more():
     assert head.eval()([torch.randn(1, 3, 5, 5)] * 4).shape == (1, 2, 5, 5)
 
 
+def test_deeplab_on_ranks_with_one_crop_each(choose):
+    """Batch norm is over all ranks; the estimate of memory, made by one, must not mind.
+    """
+    choose(**TINY, HEAD='deeplabv3plus')
+    session = train.Session(3, torch.device('cpu'))
+    session.team = SimpleNamespace(world=2)  # of 2 crops
+    assert train.estimate_memory(session) > 0
+    session.team, settings.BATCH_SIZE = SimpleNamespace(world=1), 1
+    with pytest.raises(ValueError, match='two images or more at a time'):
+        train.estimate_memory(session)
+
+
 def test_deeplabv3plus_sees_the_features_of_stride_4():
     torch.manual_seed(0)
     head = randomise(heads.DeepLabV3PlusHead([3, 4, 5, 6], 2, 8, 4))
@@ -209,6 +222,25 @@ def test_double_attention_is_equation_16():
         mixed = gathered @ (rho.exp() / rho.exp().sum(0, keepdim=True))
         wanted = x[b] + unit.out(mixed.reshape(1, 2, 3, 4))[0]
         assert torch.allclose(y[b], wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('name, method', [('nonlocal', 'attend'), ('a2', 'gather'),
+                                          ('psanet', 'mix')])
+def test_attention_is_computed_in_full_precision(name, method, choose, monkeypatch):
+    choose(**TINY, HEAD=name, PSA_GRID=(3, 4))
+    net = network.build(2, is_eval=True)
+    owner = net.head if name == 'psanet' else net.head.unit
+    compute, seen = getattr(owner, method), []
+
+    def watch(*tensors):
+        out = compute(*tensors)
+        seen.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(owner, method, watch)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        net(torch.zeros(1, 3, 33, 33, dtype=torch.uint8))
+    assert seen and set(seen) == {torch.float32}
 
 
 # -- relations to the EM attention unit, sections 5.4 and 6.2.2 ------------------------
@@ -297,6 +329,7 @@ def test_heads_that_cannot_be(choose):
     for values, sentence in (
             (dict(HEAD='pspnet'), 'HEAD=pspnet is none of ema, ema_mmseg, fcn'),
             (dict(HEAD='deeplabv3', FC1_CHANNELS=0), 'FC1_CHANNELS=0, but HEAD=deep'),
+            (dict(HEAD='a2', N_BASES=0), 'N_BASES=0: the A2 block'),
             (dict(HEAD='psanet', PSA_GRID=(33,)), 'PSA_GRID=33: rows and columns'),
             (dict(HEAD='psanet', PSA_GRID=(1, 5)), 'PSA_GRID=1,5: rows and columns')):
         choose(**{**TINY, **values})
