@@ -110,6 +110,12 @@ def plan_folders(names: list[str], scale: str, seeds: tuple[int, ...],
             about, before, n_stages = EXPERIMENTS[experiment], '', 0
             if about.get('chain'):
                 check_chain(experiment, scale, words)
+            for name in words:
+                if any(name in variant.get('settings', {})
+                       for variant in about['variants'].values()):
+                    raise ValueError(f'{name} is what {experiment} varies, so a word '
+                                     'for all its folders would make them something '
+                                     'else than they are called: leave it out')
             for label, variant in about['variants'].items():
                 start = base
                 if 'recipe' in variant:
@@ -293,8 +299,7 @@ def make_folder(folder: Path, values: dict[str, Any]) -> None:
             os.symlink(path.resolve(), temporary / 'models' / path.name)
         elif path.suffix in SOURCES:
             shutil.copy2(path, temporary / 'models')
-    if (here / 'data').is_dir():
-        os.symlink((here / 'data').resolve(), temporary / 'data')
+    os.symlink((here / 'data').resolve(), temporary / 'data')  # it may come later
     os.replace(temporary, folder)
 
 

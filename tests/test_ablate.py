@@ -263,8 +263,8 @@ def test_what_is_copied_and_linked(no_torch, tmp_path):
             '__pycache__/x.pyc', 'tests/__pycache__/x.pyc', '.venv/lib/x.py',
             'predictions/a.png', 'study/plan.json', 'models/mine.tar']
     kept = ['mine/new.py', 'mine/deep/er.py', 'notes.txt']
-    if (home / 'data').is_symlink():
-        (home / 'data').unlink()
+    assert (home / 'data').is_symlink()  # also where the data are still to come
+    (home / 'data').unlink()
     for name in (*junk, *kept, 'models/resnet50.pth', 'data/voc/list.txt'):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text('x')
@@ -408,6 +408,7 @@ def test_the_commit_of_the_source(tmp_path, monkeypatch):
     (['make', 'bases', 'x', 'RECIPE=dem'], ['did you mean demo?']),
     (['make', 'bases', 'x', 'SEED=2'], ['SEED', '--seeds']),
     (['make', 'bases', 'x', '--seeds', '1,a'], ['--seeds=1,a']),
+    (['make', 'bases', 'x', 'EM_UPDATE=never'], ['EM_UPDATE is what bases varies']),
     (['make', 'bases'], ['then a folder']), (['make', 'bases', 'heads'], ['then a']),
     (['make', 'voc_test_r101', 'x', '--scale', 'laptop'], ['--scale paper']),
     (['make', 'voc_test_r101', 'x', 'RECIPE=demo'], ['so RECIPE says nothing']),
@@ -937,6 +938,28 @@ def test_two_studies_in_one_report(study, tmp_path):
         for experiment in ('study', 'normalisation', 'iterations'):
             assert text.count(f'<!-- ablate: {name} {experiment} -->') == 1
     assert text.count('<!-- end -->') == 6
+
+
+def test_the_kept_study_makes_the_kept_report(tmp_path):
+    """docs/ablations.md is what `report` makes of the JSON beside it."""
+    if not (HERE / 'docs').is_dir():
+        pytest.skip('docs/ is not here: a copied folder leaves it out')
+    kept = HERE / 'docs' / 'ablations'
+    shutil.copytree(kept, tmp_path / 'ablations')
+    shutil.copy(HERE / 'docs' / 'ablations.md', tmp_path)
+    pictures = sorted(path.name for path in kept.glob('*.png'))
+    for name in pictures:
+        (tmp_path / 'ablations' / name).unlink()
+    text = (HERE / 'docs' / 'ablations.md').read_text(encoding='utf-8')
+    study = json.loads((kept / 'shapes.json').read_text())
+    assert len(study['runs']) == 60 and '68.51 ± 0.89' in text
+    (tmp_path / 'ablations.md').write_text(text.replace('68.51 ± 0.89', '99.99'))
+    files = [tmp_path / 'ablations' / f'{name}.json' for name in ('camvid', 'shapes')]
+    report.report(files, tmp_path / 'ablations.md')
+    assert (tmp_path / 'ablations.md').read_text(encoding='utf-8') == text
+    assert sorted(path.name for path in (tmp_path / 'ablations').glob('*.png')
+                  ) == pictures
+    assert len(pictures) == 16
 
 
 @pytest.mark.parametrize('change, part', [

@@ -80,7 +80,8 @@ def test_two_ranks_in_single_precision(train, words, tmp_path):
     check_same(*found, 1e-5, least=0.01)  # biases, which start at 0, are tiny still
 
 
-@pytest.mark.parametrize('norm', [pytest.param('all', marks=pytest.mark.slow), 'valid'])
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ['all', 'valid'])
 def test_ranks_and_accumulation(norm, train, words, tmp_path):
     words = [*words, f'LOSS_NORM={norm}', 'CLIP_GRAD=2', 'AUX_WEIGHT=0.4']
     found = [train(n, [*words, f'ACCUMULATE={4 // n}'], tmp_path / f'log{n}',
@@ -96,8 +97,8 @@ def test_four_ranks(train, alone, words, tmp_path):
     check_same(read(alone / 'final.pth'), found, 1e-8)
 
 
-@pytest.mark.parametrize('first, then', [
-    (1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('first, then', [(1, 2), (2, 1)])
 def test_the_number_of_ranks_may_change(first, then, train, alone, words,
                                          tmp_path):
     log = tmp_path / 'log'
