@@ -41,10 +41,19 @@ SEEN = ('VAL_SPLIT', 'EVAL_STRIDE', 'EVAL_MODE', 'EVAL_SCALES', 'EVAL_SCALES_WID
 # -- files -----------------------------------------------------------------------------
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings in the settings.py of a folder, which is not executed."""
-    body = ast.parse((folder / 'settings.py').read_text(encoding='utf-8')).body
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in body
-            if isinstance(node, ast.Assign)}
+    """Return the settings in the settings.py of a folder, which is not executed.
+
+    Raises:
+        ValueError: in a sentence, where it holds more than literals.
+    """
+    file = folder / 'settings.py'
+    try:
+        body = ast.parse(file.read_text(encoding='utf-8')).body
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in body
+                if isinstance(node, ast.Assign)}
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f'{file} cannot be read ({error}): a NAME = literal a line is '
+                         'expected, so put it right') from None
 
 
 def differences(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

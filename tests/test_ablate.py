@@ -255,6 +255,15 @@ def test_made_folders_differ_by_settings_only(no_torch, tmp_path):
         assert running.hash_source(one) != before
 
 
+def test_settings_that_cannot_be_read_are_named(no_torch, tmp_path):
+    make(tmp_path / 'a', 'loss')
+    file = sorted((tmp_path / 'a').glob('*seed1'))[0] / 'settings.py'
+    text = file.read_text()
+    for bad in ('LR = oops', 'LR = ='):
+        file.write_text(text.replace('LR = 0.009 ', bad + ' '))
+        is_sentence(run(tmp_path / 'a'), str(file), 'a NAME = literal a line')
+
+
 def test_what_is_copied_and_linked(no_torch, tmp_path):
     """Made from a folder with everything in it that must not be copied."""
     make(tmp_path / 'a', 'loss', stand_in=False)
