@@ -104,18 +104,12 @@ def plan_folders(names: list[str], scale: str, seeds: tuple[int, ...],
     """
     recipe = words.get('RECIPE', '') or SCALES[scale]
     runtime.known(recipe, recipes.RECIPES, 'recipe')
+    for experiment in names:
+        check_words(experiment, scale, words)
     base, folders = anchor(resolve(recipe, words), words), {}
     for seed in seeds:
         for experiment in names:
             about, before, n_stages = EXPERIMENTS[experiment], '', 0
-            if about.get('chain'):
-                check_chain(experiment, scale, words)
-            for name in words:
-                if any(name in variant.get('settings', {})
-                       for variant in about['variants'].values()):
-                    raise ValueError(f'{name} is what {experiment} varies, so a word '
-                                     'for all its folders would make them something '
-                                     'else than they are called: leave it out')
             for label, variant in about['variants'].items():
                 start = base
                 if 'recipe' in variant:
@@ -141,9 +135,16 @@ def plan_folders(names: list[str], scale: str, seeds: tuple[int, ...],
     return base, folders
 
 
-def check_chain(experiment: str, scale: str, words: dict[str, Any]) -> None:
-    """Raise where scale or words do not suit all stages of a chain."""
+def check_words(experiment: str, scale: str, words: dict[str, Any]) -> None:
+    """Raise where words set what is varied, or do not suit all stages of a chain."""
     stages = EXPERIMENTS[experiment]['variants'].values()
+    for name in words:
+        if any(name in variant.get('settings', {}) for variant in stages):
+            raise ValueError(f'{name} is what {experiment} varies, so a word for all '
+                             'its folders would make them something else than they are '
+                             'called: leave it out')
+    if not EXPERIMENTS[experiment].get('chain'):
+        return
     useless = f'--scale {scale}' * (scale != 'paper') or 'RECIPE' * ('RECIPE' in words)
     if useless:
         raise ValueError(f'{experiment} has recipes of its own, so {useless} says '

@@ -12,8 +12,8 @@ of figure 4, or `dots`. In a chain each stage has a recipe of its own, and start
 the weights of the stage before.
 """
 
-SCALES = {'paper': 'ablation_paper', 'short': 'ablation_short',
-          'laptop': 'ablation_laptop'}  # the recipe that each stands on
+# The recipe that each scale stands on.
+SCALES = {'paper': 'voc_r50', 'short': 'ablation_short', 'laptop': 'ablation_laptop'}
 
 # Figure 4, mIoU in percent: [trained with T][evaluated with T]. The paper prints no
 # more than the upper triangle.

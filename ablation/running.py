@@ -31,6 +31,7 @@ LOST = 'error: another rank has ended'  # what ranks say that did not fail thems
 GONE = 'the folder is gone: run the same `python ablate.py make` again'
 ITERATE = ('ema', 'ema_mmseg')      # heads with EM iterations
 STAGES = range(1, 9)                # their numbers at evaluation
+PLACES = ('DATA_ROOT', 'MODEL_DIR', 'CACHE')  # say where files lie
 N_POINTS = 60                       # of a curve of the loss, at most
 STOPPED = (runtime.EXIT_STOPPED, runtime.EXIT_CTRL_C)
 # How images are seen: scores that were got otherwise are not the folder's result.
@@ -215,13 +216,17 @@ def thin(points: list[tuple[int, float]]) -> list[list[float]]:
 
 
 def write_results(root: Path, plan: dict[str, Any]) -> None:
-    """Put the results of all folders that have one into DIR/results.json."""
+    """Put the results of all folders that have one into DIR/results.json.
+
+    Where files lie on this machine is left out: the results are there to be shown.
+    """
     runs = []
     for name, entry in plan['folders'].items():
         result = read_result(root / name)
         if result and is_there(root / name):
             values = as_read(read_settings(root / name))
-            values.pop('SEED')
+            values = {name: value for name, value in values.items()
+                      if name not in ('SEED', *PLACES)}
             source, commit = (f'files {result["source"]}',
                               plan['sources'].get(result['source']))
             runs.append({'name': name, 'seed': entry['seed'], 'serves': entry['serves'],
@@ -229,7 +234,8 @@ def write_results(root: Path, plan: dict[str, Any]) -> None:
                          'source': f'{commit} ({source})' if commit else source})
     write_json(root / RESULTS, {
         'scale': plan['scale'], 'recipe': plan['recipe'],
-        'base': {name: plan['base'][name] for name in plan['differs']},
+        'base': {name: plan['base'][name] for name in plan['differs']
+                 if name not in PLACES},
         'n_planned': len(plan['folders']), 'runs': runs})
 
 

@@ -366,7 +366,7 @@ def test_the_baseline_is_that_of_the_plan(no_torch, tmp_path):
     assert done.returncode == 0 and f"ablate.py run '{root}'" in done.stdout
     plan = read(root / 'plan.json')
     assert plan['base'] == running.as_read(
-        ablate.resolve('ablation_paper', {'ITER_MAX': 1, 'LR': 0.5}))
+        ablate.resolve('voc_r50', {'ITER_MAX': 1, 'LR': 0.5}))
     assert plan['differs'] == ['ITER_MAX', 'LR']  # from home's settings.py
     for name in plan['folders']:
         (root / name / 'train.py').write_text(TRAIN)
@@ -474,7 +474,7 @@ def test_run_finishes_all_and_then_nothing(no_torch, tmp_path):
     assert devices == {'DEVICE=cuda:0', 'DEVICE=cuda:1'}
     results = read(root / 'results.json')
     assert [result['name'] for result in results['runs']] == names
-    assert results['recipe'] == 'ablation_paper' and results['n_planned'] == len(names)
+    assert results['recipe'] == 'voc_r50' and results['n_planned'] == len(names)
     result = results['runs'][-1]
     assert result['name'].endswith('seed2') and result['seed'] == 2
     assert result['settings'] == {'HEAD': 'a2'}

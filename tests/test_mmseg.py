@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_inference
 import torch
+from conftest import run_script
 from PIL import Image
 from test_eval import evaluate, read_json, refuses
 from torch import nn
@@ -53,16 +55,7 @@ img_norm_cfg = dict(
 
 def make_net(n_classes=5, seed=0, **values):
     """A small network whose batch norms have lived, sure of different classes."""
-    for name, value in {**SMALL, **values}.items():
-        setattr(settings, name, value)  # put back after each test
-    torch.manual_seed(seed)
-    net = network.build(n_classes, is_eval=True)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.running_mean, 0, 0.1)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-            nn.init.uniform_(m.weight, 0.3, 0.7)
-            nn.init.normal_(m.bias, 0, 0.1)
+    net = test_inference.make_net(n_classes, seed, **{**SMALL, **values})
     last = classifier(net.head)
     with torch.no_grad():
         logits = inference.predict_logits(net, draw(40, 56)).flatten(1)
@@ -355,6 +348,29 @@ def test_eval_takes_it_with_its_own_order(voc, tmp_path, capsys):
     assert torch.equal(inference.predict_logits(net, draw(30, 45)), wanted)
     assert 'give the DATASET' in refuses(
         *words_of(voc, tmp_path, mixed), 'DATASET=cityscapes')
+
+
+def test_training_may_start_from_it(voc, tmp_path):
+    """With the classes put into the order of the data set; others are only noted."""
+    net = make_net(21)
+    order = np.random.default_rng(1).permutation(21).tolist()
+    wanted = net.head.fc2.weight.detach().clone()
+    for last in (net.head.fc2, net.aux.classify):
+        for tensor in (last.weight, last.bias):
+            tensor.data = tensor.data[order]
+    words = [f'{name}={runtime.show_value(value)}' for name, value in SMALL.items()]
+    words += ['DATASET=voc', f'DATA_ROOT={voc}', 'TRAIN_SPLIT=train', 'CROP_SIZE=32',
+              'BATCH_SIZE=2', 'ITER_MAX=1', 'LR=0', 'N_WORKERS=0', 'IMAGE_EVERY=0',
+              'DEVICE=cpu', 'PRECISION=fp32']
+    for names, told in (([recipes.VOC[i] for i in order], 'put into the order of voc'),
+                        ([f'thing {i}' for i in range(21)], 'trained on other classes')
+                        ):
+        path = save_mmseg(net, tmp_path / 'mmseg.pth', config=CONFIG, CLASSES=names)
+        log = tmp_path / told.split()[-1]
+        done = run_script('train.py', *words, f'LOG_DIR={log}', f'INIT_FROM={path}')
+        assert done.returncode == 0 and told in done.stdout, done.stderr
+        found = torch.load(log / 'final.pth', weights_only=True)['net']
+        assert torch.equal(found['head.fc2.weight'], wanted) == ('order' in told)
 
 
 def make_content(names, **found):

@@ -35,7 +35,6 @@ SCORES = {
     'voc_r101_psanet': (0.7851, 0.7977),
     'voc_r50_nonlocal': (0.7778, None),
     'voc_r50_a2': (0.7741, None),
-    'ablation_paper': (0.7852, None),
     'ablation_short': (None, None),  # ours
     'ablation_laptop': (None, None),
     'voc_test_r101_coco': (None, None),
@@ -61,7 +60,6 @@ SCHEDULES = {
     **{f'voc_r101_{head}': (30000, 0.009)
        for head in ('deeplabv3', 'deeplabv3plus', 'psanet')},
     'voc_r50_nonlocal': (30000, 0.009), 'voc_r50_a2': (30000, 0.009),
-    'ablation_paper': (30000, 0.009),
     'voc_test_r101_coco': (150000, 0.009), 'voc_test_r152_coco': (150000, 0.009),
     'voc_test_r101_trainaug': (30000, 0.001), 'voc_test_r152_trainaug': (30000, 0.001),
     'voc_test_r101': (30000, 0.0001), 'voc_test_r152': (30000, 0.0001),
