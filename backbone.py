@@ -242,7 +242,8 @@ class ResNet(nn.Module):
             Four tensors (b, self.channels[i], h/s, w/s): s is 4, 8, then 8 or 16, the
             last two alike; a size that does not divide is rounded up.
         """
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (b, 64 or 128, h/4, w/4)
+        # ReLU after the pooling, on a quarter of the pixels: it gives the same
+        x = self.relu(self.maxpool(self.bn1(self.conv1(x))))  # (b, 64 or 128, h/4, w/4)
         feats = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:

@@ -4,7 +4,7 @@
     score(confusion(prediction, label, n_classes=21))['mIoU']
 """
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,77 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MEANS = ('pAcc', 'mAcc', 'fwIoU', 'mIoU')
+N_ROWS = 64  # of enlarged logits that the loss makes at a time
+
+
+class EnlargedCrossEntropy(torch.autograd.Function):
+    """Weighted cross-entropy of the pixels of logits that are enlarged bilinearly.
+
+    The enlarged logits, their softmax and its gradient would be the largest tensors of
+    a training step (22 MB an image each, for 21 classes and 513 x 513 pixels). Here
+    some rows of them are made at a time, and the same pass sums up the gradient of the
+    small logits, which is all that is kept. Enlarging is two matrix products, as it is
+    linear in rows and in columns; so its gradient is the two transposed ones.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, weights: Tensor,
+                align_corners: bool) -> Tensor:
+        """Score each image.
+
+        Args:
+            logits: (b, classes, h', w'), at least float32.
+            labels: (b, h, w) int64, classes.
+            weights: (b, h, w) of the pixels; where it is 0 the label does not matter.
+            align_corners: as of F.interpolate.
+
+        Returns:
+            (b,): the weighted losses summed over the pixels of each image.
+        """
+        needs_gradient = ctx.needs_input_grad[0]
+        down, right = enlarging(logits, labels.shape[1:], align_corners)
+        sums, gradient = logits.new_zeros(len(logits)), 0
+        for rows, x in enlarge_by_rows(logits, down, right):
+            y = labels[:, rows].transpose(0, 1)[:, :, None]        # (r, b, 1, w)
+            weight = weights[:, rows].transpose(0, 1)[:, :, None]
+            x = F.log_softmax(x, 2)                                # (r, b, classes, w)
+            true = x.gather(2, y)
+            sums -= (true * weight).masked_fill(weight == 0, 0).sum((0, 2, 3))
+            if needs_gradient:  # weight * (softmax - one-hot)
+                x = x.exp_().scatter_(2, y, true.expm1()).mul_(weight)
+                gradient = gradient + down[:, rows] @ x.flatten(1)
+        if needs_gradient:
+            gradient = gradient.view(-1, *x.shape[1:]) @ right.T  # (h', b, classes, w')
+            ctx.save_for_backward(gradient.permute(1, 2, 0, 3).contiguous())
+        return sums
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        """(b,) of the sums -> (b, classes, h', w') of the small logits."""
+        of_sums, = ctx.saved_tensors
+        return of_sums * gradient[:, None, None, None], None, None, None
+
+
+def enlarging(x: Tensor, size: tuple[int, int], align_corners: bool
+              ) -> tuple[Tensor, Tensor]:
+    """Return the matrices (h', h) and (w', w) that enlarge (b, c, h', w') to (h, w)."""
+    return tuple(F.interpolate(torch.eye(n, dtype=x.dtype, device=x.device)[None],
+                               wanted, mode='linear', align_corners=align_corners)[0]
+                 for n, wanted in zip(x.shape[2:], size, strict=True))
+
+
+def enlarge_by_rows(logits: Tensor, down: Tensor, right: Tensor
+                    ) -> Iterator[tuple[slice, Tensor]]:
+    """Enlarge logits (b, classes, h', w') by the two matrices of `enlarging`.
+
+    Yields:
+        (rows, x): some rows, and their enlarged logits (r, b, classes, w).
+    """
+    wide = (logits @ right).permute(2, 0, 1, 3)                    # (h', b, classes, w)
+    shape, wide = wide.shape[1:], wide.flatten(1)
+    for top in range(0, down.shape[1], N_ROWS):
+        rows = slice(top, top + N_ROWS)
+        yield rows, (down[:, rows].T @ wide).unflatten(1, shape)
 
 
 class PixelLoss(nn.Module):
@@ -33,31 +104,46 @@ class PixelLoss(nn.Module):
                  below: float = 0.0, least: int = 0, ignored: int = 255):
         super().__init__()
         self.kept, self.below, self.least = kept, below, least
-        self.ignored, self.is_weighted = ignored, any(w != 1 for w in weights)
+        self.ignored = ignored
         table = torch.full((256,), float(weights[0]))
         table[:len(weights)] = torch.tensor(weights)
+        table[ignored] = 0
         self.register_buffer('weights', table, persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, align_corners: bool = True
+                ) -> Tensor:
         """Score each image.
 
         Args:
-            logits: (b, classes, h, w), at least float32.
+            logits: (b, classes, h', w'), at least float32; they are enlarged to the
+                labels' size.
             labels: (b, h, w), 0 .. classes - 1 or `ignored`.
+            align_corners: of the enlarging, see network.enlarge.
 
         Returns:
             (b,): the losses summed over the valid pixels of each image; with OHEM the
             mean over the kept ones, times h * w.
         """
-        labels = labels.long()
-        losses = F.cross_entropy(logits, labels, reduction='none',
-                                 ignore_index=self.ignored)        # (b, h, w)
-        weighted = losses * self.weights[labels] if self.is_weighted else losses
-        if not (self.kept or self.below):
-            return weighted.sum((1, 2))
-        is_kept = self.choose(losses.detach(), labels != self.ignored)
-        n_kept = is_kept.sum((1, 2)).clamp(min=1)
-        return (weighted * is_kept).sum((1, 2)) / n_kept * labels[0].numel()
+        labels, is_valid = labels.long(), labels != self.ignored
+        weights = self.weights[labels].to(logits.dtype)            # (b, h, w)
+        labels = labels.where(is_valid, 0)
+        if self.kept or self.below:
+            losses = self.pixel_losses(logits.detach(), labels, align_corners)
+            is_kept = self.choose(losses, is_valid)
+            n_kept = is_kept.sum((1, 2)).clamp(min=1)
+            share = n_kept.to(weights.dtype) / labels[0].numel()
+            weights = weights * is_kept / share[:, None, None]
+        return EnlargedCrossEntropy.apply(logits, labels, weights, align_corners)
+
+    @staticmethod
+    def pixel_losses(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
+        """Return the cross-entropy of every pixel (b, h, w), without a gradient."""
+        losses = torch.empty_like(labels, dtype=logits.dtype)
+        matrices = enlarging(logits, labels.shape[1:], align_corners)
+        for rows, x in enlarge_by_rows(logits, *matrices):
+            losses[:, rows] = F.cross_entropy(
+                x.transpose(0, 1).transpose(1, 2), labels[:, rows], reduction='none')
+        return losses
 
     def choose(self, losses: Tensor, is_valid: Tensor) -> Tensor:
         """Return which pixels OHEM keeps: (b, h, w) bool, as losses and is_valid."""

@@ -157,10 +157,11 @@ class EMAU(nn.Module):
         if self.kernel == 'dot':
             z = (x @ mu).clamp(min=0) + EPS  # a pixel far from all is shared evenly
             return z / z.sum(dim=2, keepdim=True)
+        scaled = self.scale * mu  # lambda here: c * k numbers, not n * k
         if self.kernel == 'euclidean':
             # |x - mu|^2 less |x|^2, which is the same for all bases and cancels
-            return F.softmax(self.scale * (2 * x @ mu - mu.square().sum(1, True)), 2)
-        return F.softmax(self.scale * (x @ mu), dim=2)
+            return F.softmax(x @ (2 * scaled) - (scaled * mu).sum(1, True), dim=2)
+        return F.softmax(x @ scaled, dim=2)
 
     def maximise(self, x: Tensor, z: Tensor) -> Tensor:
         """A_M, eq. 13: the bases that the responsibilities make, normalised.
@@ -172,8 +173,9 @@ class EMAU(nn.Module):
         Returns:
             mu: (b, c, k).
         """
-        z = z / (EPS + z.sum(dim=1, keepdim=True))
-        return self.normalise(x.transpose(1, 2) @ z)
+        # divided after the product: c * k numbers, not n * k
+        mu = x.transpose(1, 2) @ z / (EPS + z.sum(dim=1, keepdim=True))
+        return self.normalise(mu)
 
     def reconstruct(self, z: Tensor, mu: Tensor) -> Tensor:
         """A_R, eq. 14: each pixel as the mixture of bases responsible for it.
@@ -396,14 +398,17 @@ class Segmenter(nn.Module):
         x = self.normalise(images) if images.dtype == torch.uint8 else images
         feats = self.backbone(x)
         small = self.head(feats)                           # (b, classes, h/os, w/os)
-        logits = enlarge(small, images.shape[2:], self.align_corners)
         if labels is None:
-            return logits
-        losses = self.loss(logits, labels)                 # (b,)
+            return enlarge(small, images.shape[2:], self.align_corners)
+        losses = self.score(small, labels)                 # (b,)
         if self.aux is not None:
-            aux_logits = enlarge(self.aux(feats), images.shape[2:], self.align_corners)
-            losses = losses + self.aux_weight * self.loss(aux_logits, labels)
+            losses = losses + self.aux_weight * self.score(self.aux(feats), labels)
         return losses, small
+
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (b, classes, h/os, w/os), labels (b, h, w) -> losses (b,)."""
+        with in_full_precision(logits.device.type):
+            return self.loss(at_least_float32(logits), labels, self.align_corners)
 
     def set_stages(self, stages: tuple[int, ...]) -> None:
         """Evaluate with several numbers of EM iterations at once: see EMAU.

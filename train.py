@@ -157,8 +157,11 @@ class Session:
 
         # A step whose loss or gradient is not finite changes neither weights nor bases.
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.raw.parameters(),
-                                        settings.CLIP_GRAD or math.inf)
+        norm = nn.utils.get_total_norm(p.grad for p in self.raw.parameters()
+                                       if p.grad is not None)
+        if settings.CLIP_GRAD:
+            nn.utils.clip_grads_with_norm_(self.raw.parameters(), settings.CLIP_GRAD,
+                                           norm)
         is_sound = self.loss.isfinite() & (self.first_bad == 0)
         if not self.scaler.is_enabled():  # it is used to infinite gradients
             is_sound &= norm.isfinite()

@@ -4,8 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import metric
+from measurement.cost import PeakOfTensors
 
 # Shares are of few binary digits, so that share * pixels is exact.
 WAYS = {
@@ -116,6 +118,61 @@ def test_division_of_the_batch_changes_nothing(way):
         assert torch.allclose(found, whole, rtol=1e-13, atol=0)
     order = [2, 0, 3, 1]
     assert torch.allclose(loss(logits[order], labels[order]), whole[order], rtol=1e-13)
+
+
+@pytest.mark.parametrize('n_rows', [1, 4, 64])
+@pytest.mark.parametrize('align_corners', [True, False])
+@pytest.mark.parametrize('small', [(3, 4), (9, 12), (1, 2)])
+@pytest.mark.parametrize('way', ['plain', 'weights', 'share, weights', 'threshold'])
+def test_logits_are_enlarged(way, small, align_corners, n_rows, monkeypatch):
+    """As F.interpolate would, and the gradient comes back through it."""
+    monkeypatch.setattr(metric, 'N_ROWS', n_rows)
+    draw = torch.Generator().manual_seed(5)
+    small = 3 * torch.randn(4, 5, *small, dtype=torch.float64, generator=draw)
+    labels = make_batch()[1]
+    one, other = (small.clone().requires_grad_() for _ in range(2))
+    large = F.interpolate(one, labels.shape[1:], mode='bilinear',
+                          align_corners=align_corners)
+    wanted, gradient = naive_loss(large.detach(), labels, **WAYS[way])
+    images = torch.tensor([1.0, 0.5, 2.0, -1.0], dtype=torch.float64)
+    large.backward(torch.from_numpy(gradient) * images[:, None, None, None])
+    found = metric.PixelLoss(**WAYS[way])(other, labels, align_corners)
+    assert np.allclose(found.detach().numpy(), wanted, rtol=1e-12, atol=1e-12)
+    (found * images).sum().backward()
+    assert torch.allclose(other.grad, one.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_plain_loss_in_float32():
+    """Within the rounding of float32 of what torch computes at the full size."""
+    draw = torch.Generator().manual_seed(6)
+    one = 4 * torch.randn(2, 21, 17, 23, generator=draw)
+    labels = torch.randint(21, (2, 129, 177), generator=draw, dtype=torch.uint8)
+    labels[:, 50:70] = 255
+    other = one.clone().requires_grad_()
+    one.requires_grad_()
+    large = F.interpolate(one, labels.shape[1:], mode='bilinear', align_corners=True)
+    wanted = F.cross_entropy(large, labels.long(), ignore_index=255,
+                             reduction='none').sum((1, 2))
+    found = metric.PixelLoss()(other, labels)
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    wanted.sum().backward()
+    found.sum().backward()
+    assert (one.grad - other.grad).abs().max() < 1e-5 * one.grad.abs().max()
+
+
+@pytest.mark.parametrize('way', ['plain', 'share, weights'])
+def test_the_enlarged_logits_are_never_there(way):
+    """Forward and backward together take less than they would (OHEM sorts pixels)."""
+    logits = torch.zeros(1, 9, 33, 33, requires_grad=True)
+    labels = torch.zeros(1, 500, 500, dtype=torch.uint8)
+    with PeakOfTensors() as tensors:
+        metric.PixelLoss(**WAYS[way])(F.pad(logits, (1, 0)), labels).sum().backward()
+    pixels = 9 * labels.numel() * 4
+    assert tensors.peak < (0.8 if way == 'plain' else 1.4) * pixels
+    with PeakOfTensors() as tensors:
+        large = F.interpolate(logits, labels.shape[1:], mode='bilinear')
+        F.cross_entropy(large, labels.long()).backward()
+    assert tensors.peak > 2 * pixels
 
 
 @pytest.mark.parametrize('way', list(WAYS))
