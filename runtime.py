@@ -23,6 +23,7 @@ from typing import Any
 import recipes
 import settings
 
+BEGAN = time.perf_counter()  # about when the process did: nothing slow is imported yet
 HERE = Path(__file__).resolve().parent
 ROOMS = ('preparation', 'prediction', 'measurement', 'ablation')  # each of one script
 EXIT_USER = 2       # a sentence was printed: change something, then try again
@@ -380,6 +381,24 @@ def seed(*numbers: int) -> None:
     import torch
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors on a CPU have freed, for the next ones.
+
+    It would hand large blocks back to the system and get them again, empty, in every
+    step; the memory never needed at once grows by some percent. Other systems go on as
+    they do.
+    """
+    import ctypes
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError):  # macOS, Windows, musl
+        return
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    # an older glibc takes no more than 32 MB here
+    if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 1 << 25):
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 # -- ranks -----------------------------------------------------------------------------

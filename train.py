@@ -102,6 +102,11 @@ class Session:
         # The fused kernels skip the update on the device where found_inf says so.
         self.optimizer = torch.optim.SGD(group_parameters(self.raw), lr=settings.LR,
                                          momentum=settings.LR_MOM, fused=True)
+        # Its buffers before any step: a first step that is withheld makes none, and on
+        # a CPU the heap stays in one piece.
+        for group in self.optimizer.param_groups:
+            for p in group['params']:
+                self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(device.type,
                                            enabled=self.precision == 'fp16')
         self.first_bad = torch.zeros((), dtype=torch.int64, device=device)
@@ -167,10 +172,6 @@ class Session:
             is_sound &= norm.isfinite()
             self.optimizer.found_inf = (~is_sound).float()
         self.first_bad += torch.where(is_sound | (self.first_bad > 0), 0, self.step)
-        if not self.optimizer.state:  # a first step that is withheld makes none
-            for p in self.raw.parameters():
-                if p.grad is not None:
-                    self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -408,6 +409,9 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
     before = logged = session.seconds
     for images, labels in until_stopped(loader, signals):
         waited += time.perf_counter() - mark
+        if logged_at == session.step == loader.batch_sampler.first:
+            log.line(f'first step begins {time.perf_counter() - runtime.BEGAN:.1f} s '
+                     'after the start', is_shown=False)
         try:
             _, logits = session.train_step(images, labels)
         except RuntimeError as error:
@@ -505,6 +509,7 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         given: values of the command line.
     """
     device = runtime.pick_device()
+    runtime.keep_freed_memory()
     team = runtime.Team(device)
     check_settings(team.world)
     facts = dataset.get_facts()

@@ -14,13 +14,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dataset
 import network
 import runtime
 import settings
+from measurement.tables import align
 
 # Table 1 of the paper: a name, the settings that differ, and what it prints of each:
 # billions of multiply-adds, MB of memory and millions of parameters, of the head alone.
@@ -73,6 +73,7 @@ def count_operations(net: network.Segmenter, size: int) -> tuple[int, int]:
     Returns:
         (backbone, head). Convolutions and matrix products count; FLOPs are twice that.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it takes 80 MB
     net = net.to('meta').eval()
     x = torch.zeros(1, 3, size, size, device='meta')
     with FlopCounterMode(display=False) as counter:
@@ -209,16 +210,9 @@ def write_table(rows: list[dict], size: int, stride: int) -> str:
                 notes.append(f'- {row["name"]}: {off[0]:+.1f} % parameters and '
                              f'{off[1]:+.1f} % operations against the paper: '
                              f'{WHY[row["name"]]}.')
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    lines.insert(1, ['-' * width for width in widths])
-    table = ['| ' + ' | '.join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths,
-                                                                     strict=True)))
-             + ' |' for line in lines]
-    table[1] = '|' + '|'.join('-' * (width + 1) + ('-' if i == 0 else ':')
-                              for i, width in enumerate(widths)) + '|'
+    table = align(lines)
     intro = (f'One {size}x{size} image, output stride {stride}; below the '
              'backbone what each head adds to it, classifier and bases included. The '
              "paper's FLOPs are multiply-adds. Memory is the peak of inference in "
              'fp32, weights included; the paper does not say how it took its own.')
-    return '\n\n'.join([intro, '\n'.join(table), '\n'.join(notes)]).strip() + '\n'
+    return '\n\n'.join([intro, table, '\n'.join(notes)]).strip() + '\n'
