@@ -405,19 +405,19 @@ class TrainSet(Dataset):
         """Return image (h, w, 3) and label (h, w) of a sample, bytes, at most crop."""
         image, label = self.folder.read(index)
         scale, top, left, h, w, is_flipped = self.draw(epoch, index, *label.shape)
-        image = image[top:top + h, left:left + w]
         label = label[top:top + h, left:left + w]
+        # in this order of views torch sees channels last, and keeps to it
+        image = torch.from_numpy(np.array(image[top:top + h, left:left + w]))
+        image = image[None].permute(0, 3, 1, 2)
         if is_flipped:
-            image, label = image[:, ::-1], label[:, ::-1]
-        image = torch.from_numpy(np.array(image))  # of its own, writable
+            image, label = image.flip(3), label[:, ::-1]
         if scale != 1:
-            # in this order of views torch sees channels last, and keeps to it
-            image = F.interpolate(image[None].permute(0, 3, 1, 2), scale_factor=scale,
-                                  mode='bilinear').permute(0, 2, 3, 1)[0]
+            image = F.interpolate(image, scale_factor=scale, mode='bilinear')
             rows, cols = (((np.arange(min(n, crop)) + 0.5) / scale).astype(int)
-                          for n, crop in zip(image.shape[:2], self.crop, strict=True))
+                          for n, crop in zip(image.shape[2:], self.crop, strict=True))
             label = label.take(np.minimum(cols, w - 1), 1).take(
                 np.minimum(rows, h - 1), 0)
+        image = image.permute(0, 2, 3, 1)[0]
         label = torch.from_numpy(np.array(label))
         h, w = self.crop
         return image[:h, :w], label[:h, :w]

@@ -371,7 +371,8 @@ def main(args: argparse.Namespace) -> int:
                   if args.submit else None)
 
     device = runtime.pick_device()
-    runtime.keep_freed_memory()
+    if device.type == 'cpu':
+        runtime.keep_freed_memory()
     team = runtime.Team(device)
     precision = runtime.pick_precision(device)
     predictor = inference.Predictor(nets, device, precision, is_averaged=args.average,

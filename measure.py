@@ -23,7 +23,8 @@ def add_options(parser) -> None:
     parser.add_argument('--rounds', type=int, default=5,
                         help='turns of each side (5)')
     parser.add_argument('--step-batch', type=int, default=2, metavar='CROPS',
-                        help='of the measured training step (2)')
+                        help='of the measured training step (2); all ways of doing it '
+                             'are in memory at a time')
     parser.add_argument('--profile', action='store_true',
                         help='also write traces of our step and evaluation, and print '
                              'their ten costliest kinds of operation')
@@ -38,7 +39,7 @@ from pathlib import Path
 import checkpoint
 import dataset
 import settings
-from measurement import cost, speed, tables
+from measurement import cost, manners, sides, speed, tables
 
 
 def measure_speed(args: argparse.Namespace) -> dict:
@@ -49,7 +50,7 @@ def measure_speed(args: argparse.Namespace) -> dict:
     """
     is_options = args.what == 'options'
     known = speed.OPTION_PARTS if is_options else speed.PARTS
-    parts = [part for part in args.only.split(',') if part] or list(known)
+    parts = [part for part in args.only.split(',') if part] or known
     for part in parts:
         if part not in known:
             raise ValueError(f'--only {args.only}: {part} is none of '
@@ -65,10 +66,16 @@ def measure_speed(args: argparse.Namespace) -> dict:
         dataset.open_split('val')
     out = make_folder()
     print(f'ResNet-{settings.N_LAYERS}, HEAD={settings.HEAD}, stride '
-          f'{settings.STRIDE}, {args.step_batch} crops of {settings.CROP_SIZE}, '
-          f'pictures of {speed.EVAL_SIZE[1]}x{speed.EVAL_SIZE[0]}')
+          f'{settings.STRIDE}, {args.step_batch} crops of '
+          f'{"x".join(map(str, dataset.crop_size()))}, pictures of '
+          f'{"x".join(map(str, sides.EVAL_SIZE))}')
+    ignored = [name for name, value in manners.OURS_ALONE.items()
+               if getattr(settings, name) != value]
+    if ignored:
+        print(f'note: the step is measured without {", ".join(ignored)}, which the '
+              'others do not have')
     result, texts = {}, []
-    for part in sorted(parts, key=known.index):
+    for part in sorted(set(parts), key=known.index):
         found = speed.measure_part(part, is_options, args.rounds, args.step_batch)
         result[part] = found
         text = tables.describe(part, found)
@@ -76,9 +83,7 @@ def measure_speed(args: argparse.Namespace) -> dict:
         texts.append(text)
     for part in ('step', 'evaluation') if args.profile else ():
         trace = out / f'measure_trace_{part}.json'
-        values = {k: v for k, v in runtime.snapshot().items() if k != 'RECIPE'}
-        found = speed.in_fresh_process(speed.profile_part, part, values,
-                                       args.step_batch, trace)
+        found = speed.profile_part(part, args.step_batch, trace)
         result[f'profile_{part}'] = found
         text = tables.describe_profile(part, found)
         print(f'\n{text}\ntrace: {trace}')

@@ -4,12 +4,13 @@
     score(confusion(prediction, label, n_classes=21))['mIoU']
 """
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MEANS = ('pAcc', 'mAcc', 'fwIoU', 'mIoU')
 N_ROWS = 64  # of enlarged logits that the loss makes at a time
@@ -41,22 +42,25 @@ class EnlargedCrossEntropy(torch.autograd.Function):
         """
         needs_gradient = ctx.needs_input_grad[0]
         down, right = enlarging(logits, labels.shape[1:], align_corners)
+        wide = (logits @ right).permute(2, 0, 1, 3)                # (h', b, classes, w)
         sums, gradient = logits.new_zeros(len(logits)), 0
-        for rows, x in enlarge_by_rows(logits, down, right):
+        for top in range(0, down.shape[1], N_ROWS):
+            rows = slice(top, top + N_ROWS)
             y = labels[:, rows].transpose(0, 1)[:, :, None]        # (r, b, 1, w)
             weight = weights[:, rows].transpose(0, 1)[:, :, None]
-            x = F.log_softmax(x, 2)                                # (r, b, classes, w)
+            x = F.log_softmax(enlarge_rows(wide, down[:, rows]), 2)
             true = x.gather(2, y)
-            sums -= (true * weight).masked_fill(weight == 0, 0).sum((0, 2, 3))
+            sums -= (true * weight).sum((0, 2, 3))
             if needs_gradient:  # weight * (softmax - one-hot)
                 x = x.exp_().scatter_(2, y, true.expm1()).mul_(weight)
                 gradient = gradient + down[:, rows] @ x.flatten(1)
         if needs_gradient:
-            gradient = gradient.view(-1, *x.shape[1:]) @ right.T  # (h', b, classes, w')
+            gradient = gradient.view_as(wide) @ right.T    # (h', b, classes, w')
             ctx.save_for_backward(gradient.permute(1, 2, 0, 3).contiguous())
         return sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         """(b,) of the sums -> (b, classes, h', w') of the small logits."""
         of_sums, = ctx.saved_tensors
@@ -71,18 +75,9 @@ def enlarging(x: Tensor, size: tuple[int, int], align_corners: bool
                  for n, wanted in zip(x.shape[2:], size, strict=True))
 
 
-def enlarge_by_rows(logits: Tensor, down: Tensor, right: Tensor
-                    ) -> Iterator[tuple[slice, Tensor]]:
-    """Enlarge logits (b, classes, h', w') by the two matrices of `enlarging`.
-
-    Yields:
-        (rows, x): some rows, and their enlarged logits (r, b, classes, w).
-    """
-    wide = (logits @ right).permute(2, 0, 1, 3)                    # (h', b, classes, w)
-    shape, wide = wide.shape[1:], wide.flatten(1)
-    for top in range(0, down.shape[1], N_ROWS):
-        rows = slice(top, top + N_ROWS)
-        yield rows, (down[:, rows].T @ wide).unflatten(1, shape)
+def enlarge_rows(wide: Tensor, down: Tensor) -> Tensor:
+    """Enlarge downwards: (h', b, c, w) and a matrix (h', r) -> (r, b, c, w)."""
+    return (down.T @ wide.flatten(1)).unflatten(1, wide.shape[1:])
 
 
 class PixelLoss(nn.Module):
@@ -139,10 +134,12 @@ class PixelLoss(nn.Module):
     def pixel_losses(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
         """Return the cross-entropy of every pixel (b, h, w), without a gradient."""
         losses = torch.empty_like(labels, dtype=logits.dtype)
-        matrices = enlarging(logits, labels.shape[1:], align_corners)
-        for rows, x in enlarge_by_rows(logits, *matrices):
-            losses[:, rows] = F.cross_entropy(
-                x.transpose(0, 1).transpose(1, 2), labels[:, rows], reduction='none')
+        down, right = enlarging(logits, labels.shape[1:], align_corners)
+        wide = (logits @ right).permute(2, 0, 1, 3)                # (h', b, classes, w)
+        for top in range(0, down.shape[1], N_ROWS):
+            rows = slice(top, top + N_ROWS)
+            x = enlarge_rows(wide, down[:, rows]).permute(1, 2, 0, 3)
+            losses[:, rows] = F.cross_entropy(x, labels[:, rows], reduction='none')
         return losses
 
     def choose(self, losses: Tensor, is_valid: Tensor) -> Tensor:
@@ -152,7 +149,7 @@ class PixelLoss(nn.Module):
         if self.kept:
             n_kept = (self.kept * n_valid - 0.02).ceil().long()    # 0.02: float32 errs
         else:
-            n_kept = (losses > -math.log(self.below)).sum(1)
+            n_kept = (~(losses <= -math.log(self.below))).sum(1)  # NaN is kept
         n_kept = n_kept.clamp(min=self.least).minimum(n_valid)
         order = losses.argsort(1, descending=True)                 # the hardest first
         is_kept = torch.arange(len(losses[0]), device=losses.device) < n_kept[:, None]

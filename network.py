@@ -346,8 +346,9 @@ class Segmenter(nn.Module):
         head: list of features -> logits (b, classes, h/os, w/os).
         stride: os, pixels of the image per feature.
         mean, std: of the pixels in 0..1, for each of red, green and blue.
-        loss: (logits, labels) -> (b,), the sum over each image's valid pixels; None
-            is the plain cross-entropy.
+        loss: (logits, labels, align_corners) -> (b,), the sum over each image's valid
+            pixels of the logits (b, classes, h/os, w/os), which it enlarges to the
+            labels (b, h, w); None is the plain cross-entropy.
         aux: a second head, trained beside the first and not asked at inference.
         aux_weight: of its loss.
         align_corners: of the logits' upsampling. With them images of a multiple of the

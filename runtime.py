@@ -386,9 +386,9 @@ def seed(*numbers: int) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors on a CPU have freed, for the next ones.
 
-    It would hand large blocks back to the system and get them again, empty, in every
-    step; the memory never needed at once grows by some percent. Other systems go on as
-    they do.
+    It would hand large blocks back to the system and get them again, page by page, in
+    every step. The peak of the process's memory is some percent higher with it. Other
+    systems go on as they do.
     """
     import ctypes
     try:

@@ -409,7 +409,7 @@ def train(session: Session, folder: dataset.Folder, facts: dict,
     before = logged = session.seconds
     for images, labels in until_stopped(loader, signals):
         waited += time.perf_counter() - mark
-        if logged_at == session.step == loader.batch_sampler.first:
+        if session.step == sampler.first:
             log.line(f'first step begins {time.perf_counter() - runtime.BEGAN:.1f} s '
                      'after the start', is_shown=False)
         try:
@@ -509,7 +509,8 @@ def start(given: dict) -> tuple[Session, dataset.Folder, dict, runtime.Log]:
         given: values of the command line.
     """
     device = runtime.pick_device()
-    runtime.keep_freed_memory()
+    if device.type == 'cpu':
+        runtime.keep_freed_memory()
     team = runtime.Team(device)
     check_settings(team.world)
     facts = dataset.get_facts()

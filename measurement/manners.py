@@ -26,6 +26,10 @@ import settings
 
 REFERENCE = 'reference manner'
 KEPT = '+ freed memory kept'  # see runtime.keep_freed_memory
+# Settings that no other manner has; in the measured step they are as here.
+OURS_ALONE = {'ACCUMULATE': 1, 'AUX_WEIGHT': 0.0, 'CLASS_WEIGHTS': (1.0,),
+              'OHEM_KEPT': 0.0, 'OHEM_BELOW': 0.0, 'LOSS_NORM': 'all',
+              'CLIP_GRAD': 0.0}
 # What is added to the reference manner, one after the other; {} is the precision.
 STEP_OPTIONS = {'+ loss by rows': {'by_rows': True},
                 '+ channels last': {'channels_last': True},
@@ -57,8 +61,10 @@ def list_manners(part: str, is_options: bool, precision: str) -> list[str]:
     ours = [f'ours {precision}' for precision in precisions]
     if part == 'multi':
         return [REFERENCE, ours[0]]
+    stride = part == 'evaluation' and settings.EVAL_STRIDE or settings.STRIDE
+    has_theirs = settings.N_LAYERS in (50, 101) and stride == 8  # theirs is always 8
     theirs = [f'torchvision {precision}' for precision in precisions]
-    return [REFERENCE, *(theirs if settings.N_LAYERS in (50, 101) else []), *ours]
+    return [REFERENCE, *(theirs if has_theirs else []), *ours]
 
 
 def options_until(name: str, table: dict[str, dict], precision: str) -> dict:
@@ -110,7 +116,7 @@ def reference_sample(folder: dataset.Folder, index: int, draw: np.random.Generat
                  for n, side in zip(image.shape[2:], crop, strict=True))
     image = image[..., top:top + crop[0], left:left + crop[1]]
     label = label[..., top:top + crop[0], left:left + crop[1]]
-    if draw.integers(2):
+    if settings.USE_FLIP and draw.integers(2):
         image, label = image.flip(3), label.flip(3)
     return image[0], label[0, 0].long()
 
@@ -141,7 +147,7 @@ class PlainStep:
     Args:
         logits_of: (network, images) -> logits of the images' size, or small ones.
         net: on the device.
-        groups: parameters, or groups of them, for SGD.
+        groups: of parameters for SGD, with `times`, the factor of their rate.
         device: where it is.
         precision: fp32, bf16 or fp16.
         channels_last: memory order of the convolutions' tensors.
@@ -157,6 +163,7 @@ class PlainStep:
         self.device, self.precision = device, precision
         if channels_last:
             net.to(memory_format=torch.channels_last)
+        groups = [{**group, 'lr': group['times'] * settings.LR} for group in groups]
         self.optimizer = torch.optim.SGD(groups, lr=settings.LR,
                                          momentum=settings.LR_MOM,
                                          **({'fused': True} if is_fused else {}))
@@ -209,7 +216,6 @@ def make_step(name: str, n_classes: int, device: torch.device, n: int) -> Callab
         settings.PRECISION = precision_of(name, 'step', '')
         settings.COMPILE = name.endswith('compiled')
         session = train.Session(n_classes, device)
-
         vars(settings).update(before)
 
         def step():
@@ -217,15 +223,14 @@ def make_step(name: str, n_classes: int, device: torch.device, n: int) -> Callab
             session.train_step(images, labels)
             return session.loss
         return step
-    x = (images.float() / 255 - 0.5).contiguous()
-    y = labels.long()
+    x, y = torch.stack(normalise(list(images))), labels.long()
     if device.type == 'cuda':
         x, y = x.pin_memory(), y.pin_memory()
     runtime.seed(settings.SEED)
     if name.startswith('torchvision'):
         net = build_torchvision(n_classes).train().to(device)
         step = PlainStep(lambda net, images: net(images)['out'], net,
-                         list(net.parameters()), device,
+                         [{'params': list(net.parameters()), 'times': 1.0}], device,
                          precision_of(name, 'step', ''))
     else:
         net = network.build(n_classes).to(device)
@@ -318,6 +323,8 @@ def make_evaluation(name: str, part: str, n_classes: int, device: torch.device,
     Returns:
         A function that returns the confusion matrix, on the host.
     """
+    if device.type == 'cuda':
+        images, labels = ([x.pin_memory() for x in some] for some in (images, labels))
     views = {} if part == 'evaluation' else {'scales': settings.EVAL_SCALES,
                                              'use_flip': True}
     if name.startswith('ours'):

@@ -27,8 +27,8 @@ def describe(part: str, found: dict) -> str:
         return (f'train.py: {show(found["images_per_s"])} images/s ({low} .. {high}), '
                 f'{show(found["steps_per_s"])} steps/s of {found["batch"]}, '
                 f'{found["tflops"]:.3f} TFLOP/s, {found["waiting"]:.1%} of the time '
-                f'waiting for data; {settings.ITER_MAX} steps would take '
-                f'{found["hours"]:.1f} hours')
+                f'waiting for data; {settings.ITER_MAX} steps of {settings.BATCH_SIZE} '
+                f'would take {found["hours"]:.1f} hours')
     lines = [[part, 'images/s (range)', 'x reference (range)', 'x torchvision (range)',
               'memory: tensors', 'process', 'TFLOP/s', 'of peak']]
     for name, row in found.items():
@@ -38,8 +38,7 @@ def describe(part: str, found: dict) -> str:
         lines.append([
             name, '{} ({} .. {})'.format(*map(show, (row['images_per_s'],
                                                      *row['range']))),
-            *(show_ratio(row['ratios'].get(other) if other != name else None)
-              for other in (REFERENCE, twin)),
+            *(show_ratio(row['ratios'].get(other)) for other in (REFERENCE, twin)),
             *(show_memory(found, name, kind) for kind in ('tensors', 'process')),
             f'{row["tflops"]:.3f}' if 'tflops' in row else '',
             f'{row["share_of_peak"]:.0%}' if 'share_of_peak' in row else ''])

@@ -163,12 +163,12 @@ def test_the_plain_loss_in_float32():
 @pytest.mark.parametrize('way', ['plain', 'share, weights'])
 def test_the_enlarged_logits_are_never_there(way):
     """Forward and backward together take less than they would (OHEM sorts pixels)."""
-    logits = torch.zeros(1, 9, 33, 33, requires_grad=True)
+    logits = torch.zeros(1, 21, 33, 33, requires_grad=True)
     labels = torch.zeros(1, 500, 500, dtype=torch.uint8)
     with PeakOfTensors() as tensors:
         metric.PixelLoss(**WAYS[way])(F.pad(logits, (1, 0)), labels).sum().backward()
-    pixels = 9 * labels.numel() * 4
-    assert tensors.peak < (0.8 if way == 'plain' else 1.4) * pixels
+    pixels = 21 * labels.numel() * 4
+    assert tensors.peak < (0.7 if way == 'plain' else 1.0) * pixels
     with PeakOfTensors() as tensors:
         large = F.interpolate(logits, labels.shape[1:], mode='bilinear')
         F.cross_entropy(large, labels.long()).backward()
@@ -213,7 +213,9 @@ def test_ignored_pixels_are_not_among_the_kept(words):
     assert math.isclose(found.item(), 100 * 35 * math.log(2) / 70)
 
 
-@pytest.mark.parametrize('words', [{}, {'kept': 0.25}, {'below': 0.5, 'least': 3}])
+@pytest.mark.parametrize('words', [
+    {}, {'kept': 0.25}, {'below': 0.5, 'least': 3}, {'below': 0.5},
+    {'weights': (1.0, 0.0, 0.0, 0.0, 0.0)}])
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_seen(value, words):
     """OHEM must not drop the pixel that shows that a step is broken."""

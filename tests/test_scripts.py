@@ -330,11 +330,3 @@ def test_measure_cost(tmp_path):
     done = run_script('measure.py', 'cost', f'LOG_DIR={tmp_path}')
     assert done.returncode == 0, done.stderr
     assert '237.95 G' in done.stdout and '42.624 M' in done.stdout
-
-
-@pytest.mark.slow
-def test_measure_speed(tiny, tmp_path):
-    done = run_script('measure.py', 'speed', '--rounds', 1, *tiny)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'log' / 'measure_speed.json').read_text())
-    assert {'loader', 'step', 'evaluation', 'memory'} <= set(result)
