@@ -102,11 +102,6 @@ class Session:
         # The fused kernels skip the update on the device where found_inf says so.
         self.optimizer = torch.optim.SGD(group_parameters(self.raw), lr=settings.LR,
                                          momentum=settings.LR_MOM, fused=True)
-        # Its buffers before any step: a first step that is withheld makes none, and on
-        # a CPU the heap stays in one piece.
-        for group in self.optimizer.param_groups:
-            for p in group['params']:
-                self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(device.type,
                                            enabled=self.precision == 'fp16')
         self.first_bad = torch.zeros((), dtype=torch.int64, device=device)
@@ -172,6 +167,10 @@ class Session:
             is_sound &= norm.isfinite()
             self.optimizer.found_inf = (~is_sound).float()
         self.first_bad += torch.where(is_sound | (self.first_bad > 0), 0, self.step)
+        if not self.optimizer.state:  # a first step that is withheld makes none
+            for p in self.raw.parameters():
+                if p.grad is not None:
+                    self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
