@@ -415,8 +415,7 @@ class TrainSet(Dataset):
             image = F.interpolate(image, scale_factor=scale, mode='bilinear')
             rows, cols = (((np.arange(min(n, crop)) + 0.5) / scale).astype(int)
                           for n, crop in zip(image.shape[2:], self.crop, strict=True))
-            label = label.take(np.minimum(cols, w - 1), 1).take(
-                np.minimum(rows, h - 1), 0)
+            label = label[:, np.minimum(cols, w - 1)][np.minimum(rows, h - 1)]
         image = image.permute(0, 2, 3, 1)[0]
         label = torch.from_numpy(np.array(label))
         h, w = self.crop
