@@ -61,8 +61,8 @@ class Side:
             kind, answer = self.pipe.recv()
         except (EOFError, OSError):
             raise ValueError(f'the process of {self.name!r} was ended, perhaps for '
-                             'want of memory: lower --step-batch, or measure fewer '
-                             'parts at a time with --only') from None
+                             'want of memory, as all that take turns are in it at a '
+                             'time: lower --step-batch') from None
         if kind == 'sentence':
             raise ValueError(f'{self.name}: {answer}')
         if kind == 'fault':
