@@ -58,9 +58,10 @@ import metric
 import network
 import settings
 
+# What all networks of one pass have in common.
 COMMON = ('DATA_ROOT', 'VAL_SPLIT', 'EVAL_MODE', 'EVAL_SCALES', 'EVAL_SCALES_WIDE',
           'EVAL_FLIP', 'EVAL_WINDOW', 'EVAL_STEP', 'EVAL_BATCH', 'EVAL_IMAGES',
-          'PRECISION', 'CHANNELS_LAST', 'COMPILE')  # to all networks of one pass
+          'PRECISION', 'CHANNELS_LAST', 'COMPILE', 'WINOGRAD')
 
 
 class Variant(NamedTuple):

@@ -11,15 +11,20 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+POINTS = (0.0, 0.75, -0.75, 2.0)  # of Winograd's algorithm: see WinogradConv2d
+WORTH = 256            # least number of channels for which it pays
+PART = 1 << 22         # numbers that its patches are transformed at a time
 
 
-def fold(net: nn.Module, precision: str = 'fp32') -> nn.Module:
+def fold(net: nn.Module, precision: str = 'fp32', has_winograd: bool = False
+         ) -> nn.Module:
     """Fold batch norms into the convolutions before them, for inference only.
 
     Args:
@@ -28,6 +33,8 @@ def fold(net: nn.Module, precision: str = 'fp32') -> nn.Module:
             registered right before it, on its own or as the last of a sequence.
         precision: bf16 and fp16 also keep the convolutions' weights so, which spares
             autocast the casting in every call.
+        has_winograd: also compute convolutions by fewer products where that is known to
+            pay on CPUs: see WinogradConv2d.
 
     Returns:
         The network.
@@ -44,11 +51,109 @@ def fold(net: nn.Module, precision: str = 'fp32') -> nn.Module:
                 before = (child, list(child._modules)[-1])
             if not isinstance(getattr(*before), nn.Conv2d):
                 before = None
+    if has_winograd:
+        for module in list(net.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Conv2d) and WinogradConv2d.pays_for(child):
+                    setattr(module, name, WinogradConv2d(child))
     if precision != 'fp32':
         for module in net.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, WinogradConv2d)):
                 module.to(DTYPES[precision])
     return net
+
+
+class WinogradConv2d(nn.Module):
+    """A 3x3 convolution that keeps the size, by fewer products, for inference.
+
+    Winograd's algorithm F(3x3, 3x3): 3 x 3 outputs and the 5 x 5 inputs that they see
+    are taken as polynomials, which are multiplied by their values at 5 x 5 points: 25
+    products for each pair of channels instead of 81. What is done before and after, per
+    channel, is far less. It rounds by some 1e-6 of the output in float32, by 1e-2 in
+    bfloat16, four times a plain convolution's; of the points tried, POINTS round least
+    of those whose transforms bfloat16 holds exactly. The weights take 25 / 9 of their
+    memory. Source: Lavin and Gray, Fast algorithms for convolutional neural networks,
+    CVPR 2016; for the points, Barabasz et al., Error analysis and improving the
+    accuracy of Winograd convolution for deep neural networks, 2020.
+
+    Args:
+        conv: 3x3, stride 1, padded by its dilation, one group.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.n_out, n_in = conv.weight.shape[:2]
+        self.dilation, dtype = conv.dilation[0], conv.weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        before, kernel, after = (torch.from_numpy(np.kron(m, m)).to(exact)
+                                 for m in winograd_matrices(POINTS))
+        weight = kernel @ conv.weight.detach().to(exact).reshape(-1, 9).T
+        self.register_buffer('weight', weight.view(25, self.n_out, n_in).to(dtype))
+        self.register_buffer('bias', None if conv.bias is None else conv.bias.detach())
+        self.register_buffer('before', before.to(dtype))           # (25, 25)
+        self.register_buffer('after', after.to(dtype))             # (9, 25)
+
+    @staticmethod
+    def pays_for(conv: nn.Conv2d) -> bool:
+        """Tell whether a convolution can be computed so, and is faster so: not with few
+        channels, nor where a large dilation leaves few pixels to each of its grids."""
+        d = conv.dilation[0]
+        return (conv.kernel_size == (3, 3) and conv.stride == (1, 1)
+                and conv.padding == conv.dilation == (d, d) and d <= 4
+                and conv.groups == 1 and conv.in_channels >= WORTH
+                and conv.out_channels >= WORTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, n_out, h, w)."""
+        b, c, h, w = x.shape
+        d, x = self.dilation, x.permute(0, 2, 3, 1)                # (b, h, w, c)
+        # With dilation d the pixels are d * d grids that do not see one another. A
+        # patch is 5 x 5 pixels of a grid; the patches begin at every third.
+        n_rows, n_columns = (-(-n // (3 * d)) for n in (h, w))
+        right = 3 * d * n_columns - w + d
+        y = x.new_empty(b, n_rows, 3, d, n_columns, 3, d, self.n_out,
+                        dtype=self.weight.dtype)
+        step = max(PART // (25 * b * n_columns * d * d * c), 1)
+        for first in range(0, n_rows, step):                       # rows of patches
+            last = min(first + step, n_rows)
+            top, bottom = 3 * d * first - d, 3 * d * last + d
+            part = F.pad(x[:, max(top, 0):bottom], (
+                0, 0, d, right, max(-top, 0), max(bottom - h, 0)))
+            part = part.reshape(b, -1, d, 3 * n_columns + 2, d, c)
+            patches = part.unfold(1, 5, 3).unfold(3, 5, 3)  # (b, rows, d, ..., c, 5, 5)
+            patches = patches.permute(6, 7, 0, 1, 2, 3, 4, 5).reshape(25, -1)
+            values = (self.before @ patches).view(25, -1, c)
+            values = values @ self.weight.mT                # (25, patches, n_out)
+            found = self.after @ values.flatten(1)
+            found = found.view(3, 3, b, last - first, d, n_columns, d, -1)
+            y[:, first:last] = found.permute(2, 3, 0, 4, 5, 1, 6, 7)
+        y = y.view(b, n_rows * 3 * d, -1, self.n_out)[:, :h, :w]
+        y = y.contiguous() if self.bias is None else y + self.bias
+        return y.permute(0, 3, 1, 2)
+
+
+def winograd_matrices(points: Sequence[float]
+                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the matrices of Winograd's algorithm for kernels of three.
+
+    By Cook and Toom: y = after @ ((kernel @ g) * (before @ x)) is y[i] = sum over j of
+    g[j] * x[i + j], where x has n + 1 numbers for n points, y has n - 1, and infinity
+    is a point too.
+
+    Args:
+        points: different from one another.
+
+    Returns:
+        (before, kernel, after): (n + 1, n + 1), (n + 1, 3) and (n - 1, n + 1).
+    """
+    points, n = np.array(points, float), len(points)
+    others = [np.delete(points, i) for i in range(n)]
+    before = [[*np.poly(other)[::-1], 0] for other in others] + [np.poly(points)[::-1]]
+    kernel = np.vander(points, 3, increasing=True)
+    kernel /= [[np.prod(p - other)] for p, other in zip(points, others, strict=True)]
+    after = np.vander(points, n - 1, increasing=True)
+    return (np.array(before), np.vstack([kernel, [0, 0, 1]]),
+            np.vstack([after, np.eye(n - 1)[-1]]).T)
 
 
 def padded_size(size: int, stride: int, align_corners: bool = True) -> int:
@@ -132,14 +237,17 @@ class Predictor:
         channels_last: memory order of the convolutions' tensors.
         is_compiled: by torch.compile.
         is_averaged: give the mean over all variants as the only one.
+        has_winograd: on CPUs, compute convolutions by fewer products where it pays.
     """
 
     def __init__(self, nets: Sequence[nn.Module], device: torch.device | str = 'cpu',
                  precision: str = 'fp32', scales: Sequence[float] = (1.0,),
                  use_flip: bool = False, window: tuple[int, int] = (0, 0),
                  step: float = 2 / 3, batch: int = 1, channels_last: bool = True,
-                 is_compiled: bool = False, is_averaged: bool = False):
-        self.nets = [fold(net, precision).to(device) for net in nets]
+                 is_compiled: bool = False, is_averaged: bool = False,
+                 has_winograd: bool = True):
+        has_winograd &= torch.device(device).type == 'cpu' and precision != 'fp16'
+        self.nets = [fold(net, precision, has_winograd).to(device) for net in nets]
         if channels_last:
             for net in self.nets:
                 net.to(memory_format=torch.channels_last)

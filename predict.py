@@ -133,7 +133,7 @@ def block_pixels(memory: float, n_classes: int, n_weights: int, options: dict,
     Args:
         memory: GB, 1e9 bytes.
         n_classes: of the networks.
-        n_weights: of the networks.
+        n_weights: of the networks, as the Predictor keeps them.
         options: of the Predictor.
         per_pair: bytes for each pair of pixels, of a network in which every one sees
             every other (Non-local).
@@ -382,12 +382,15 @@ def main(args: argparse.Namespace) -> int:
                              'responsibilities: leave --responsibilities out')
         bases = read_bases(args.bases, nets[0].head.emau.mu.shape[2])
         drawing.new_figure(1, 1)  # is matplotlib there?
-    n_weights = sum(tensor.numel() for net in nets for tensor in net.parameters())
+    device = runtime.pick_device()
+    precision = runtime.pick_precision(device)
+    predictor = inference.Predictor(nets, device, precision, is_averaged=True,
+                                    **options)
+    n_weights = sum(tensor.numel() for net in nets for tensor in
+                    (*net.parameters(), *net.buffers()))
     per_pair = max((8 / net.stride ** 4 for net in nets for module in net.modules()
                     if isinstance(module, heads.NonLocal)), default=0.0)
     n_pixels = block_pixels(args.memory, len(classes), n_weights, options, per_pair)
-    device = runtime.pick_device()
-    precision = runtime.pick_precision(device)
     lock = runtime.lock(args.out, '--out')
     results = Results(args.out, classes, palette, '; '.join(
         [*lines[-len(nets):], f'scales {runtime.show_value(options["scales"])}'
@@ -417,8 +420,7 @@ def main(args: argparse.Namespace) -> int:
               f'{"; ".join(apart[:5])}{"; ..." * (len(apart) > 5)}')
 
     # Predict, draw and write.
-    work = Work(inference.Predictor(nets, device, precision, is_averaged=True,
-                                    **options), results, n_pixels, bases)
+    work = Work(predictor, results, n_pixels, bases)
     began = time.perf_counter()
     try:
         for picture in kept:

@@ -31,10 +31,11 @@ EXIT_STOPPED = 75   # SIGTERM: the step is saved, the same command goes on from 
 EXIT_CTRL_C = 130
 # These may differ between a run and its continuation: they do not change the result.
 FREE = ('RECIPE', 'RESUME', 'LOG_DIR', 'DATA_ROOT', 'CACHE', 'MODEL_DIR', 'DEVICE',
-        'RANKS', 'CHANNELS_LAST', 'COMPILE', 'RECOMPUTE', 'N_WORKERS', 'LOG_EVERY',
-        'IMAGE_EVERY', 'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT', 'VAL_SPLIT',
-        'EVAL_STRIDE', 'EVAL_STAGE_NUM', 'EVAL_MODE', 'EVAL_SCALES', 'EVAL_SCALES_WIDE',
-        'EVAL_FLIP', 'EVAL_WINDOW', 'EVAL_STEP', 'EVAL_BATCH', 'EVAL_IMAGES')
+        'RANKS', 'CHANNELS_LAST', 'COMPILE', 'WINOGRAD', 'RECOMPUTE', 'N_WORKERS',
+        'LOG_EVERY', 'IMAGE_EVERY', 'EVAL_EVERY', 'ITER_SAVE', 'KEEP', 'CHECKPOINT',
+        'VAL_SPLIT', 'EVAL_STRIDE', 'EVAL_STAGE_NUM', 'EVAL_MODE', 'EVAL_SCALES',
+        'EVAL_SCALES_WIDE', 'EVAL_FLIP', 'EVAL_WINDOW', 'EVAL_STEP', 'EVAL_BATCH',
+        'EVAL_IMAGES')
 
 
 # -- settings --------------------------------------------------------------------------
@@ -153,7 +154,8 @@ def eval_options() -> dict[str, Any]:
                          f'{settings.EVAL_IMAGES}: at least 1 and 0 are expected')
     return {'scales': modes[mode], 'use_flip': settings.EVAL_FLIP,
             'window': (window * 2)[:2], 'step': step, 'batch': settings.EVAL_BATCH,
-            'channels_last': settings.CHANNELS_LAST, 'is_compiled': settings.COMPILE}
+            'channels_last': settings.CHANNELS_LAST, 'is_compiled': settings.COMPILE,
+            'has_winograd': settings.WINOGRAD}
 
 
 def rewrite_settings(text: str, values: dict[str, Any]) -> str:

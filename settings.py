@@ -72,12 +72,14 @@ OHEM_MIN = 100000           # pixels of an image that OHEM keeps at least
 AUX_WEIGHT = 0.0            # of the loss of an FCN head on layer3; 0 is without
 CLIP_GRAD = 0.0             # largest norm of the gradient; 0 is off
 
-# -- the machine; none of these changes what is computed, PRECISION only how exactly
+# -- the machine; none of these changes what is computed, PRECISION and WINOGRAD
+# only how exactly
 DEVICE = 'auto'             # auto, cpu, mps, cuda (all of them), cuda:1 or cuda:0,2
 RANKS = 0                   # processes that share the work; 0: one a GPU, or one
 PRECISION = 'auto'          # fp32, bf16, fp16; auto is bf16 where the device has it
 CHANNELS_LAST = True        # memory order of the convolutions' tensors
 COMPILE = False             # torch.compile the network
+WINOGRAD = True             # evaluate on CPUs by fewer products: some 1.2x as fast
 RECOMPUTE = False           # the backbone's blocks for the backward pass: less memory
 N_WORKERS = 4               # loader processes; 0 loads in the main one
 CACHE = ''                  # file to pack the training pictures into; '' is off

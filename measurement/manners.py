@@ -25,7 +25,8 @@ import runtime
 import settings
 
 REFERENCE = 'reference manner'
-KEPT = '+ freed memory kept'  # see runtime.keep_freed_memory
+FEWER = '+ fewer products'    # see inference.WinogradConv2d
+KEPT = '+ freed memory kept'  # see runtime.keep_freed_memory; both are for CPUs
 # Settings that no other manner has; in the measured step they are as here.
 OURS_ALONE = {'ACCUMULATE': 1, 'AUX_WEIGHT': 0.0, 'CLASS_WEIGHTS': (1.0,),
               'OHEM_KEPT': 0.0, 'OHEM_BELOW': 0.0, 'LOSS_NORM': 'all',
@@ -39,16 +40,19 @@ STEP_OPTIONS = {'+ loss by rows': {'by_rows': True},
 EVALUATION_OPTIONS = {'+ channels last': {'channels_last': True},
                       '+ batch norms folded': {'is_folded': True},
                       '+ {}': {'precision': '{}'},
+                      FEWER: {'has_winograd': True},
                       KEPT: {}}
 
 
-def list_manners(part: str, is_options: bool, precision: str) -> list[str]:
+def list_manners(part: str, is_options: bool, precision: str, is_cpu: bool = True
+                 ) -> list[str]:
     """Return the manners of a part that are set side by side, the reference first.
 
     Args:
         part: loader, step, evaluation or multi.
         is_options: what each option is worth, instead of ours against others.
         precision: the device's best.
+        is_cpu: whether the device is a CPU.
     """
     if part == 'loader':
         return [REFERENCE, *(['+ crop before resizing'] if is_options else []), 'ours']
@@ -56,8 +60,11 @@ def list_manners(part: str, is_options: bool, precision: str) -> list[str]:
     if is_options:
         options = STEP_OPTIONS if part == 'step' else EVALUATION_OPTIONS
         last = ['ours {}'] + ['ours {} compiled'] * (part != 'multi')
+        idle = {'+ {}'} if precision == 'fp32' else set()
+        idle |= set() if is_cpu else {FEWER, KEPT}
+        idle |= set() if settings.WINOGRAD else {FEWER}
         return [REFERENCE, *(name.format(precision) for name in (*options, *last)
-                             if name != '+ {}' or precision != 'fp32')]
+                             if name not in idle)]
     ours = [f'ours {precision}' for precision in precisions]
     if part == 'multi':
         return [REFERENCE, ours[0]]
@@ -85,6 +92,15 @@ def precision_of(name: str, part: str, precision: str) -> str:
         options = STEP_OPTIONS if part == 'step' else EVALUATION_OPTIONS
         return options_until(name, options, precision).get('precision', 'fp32')
     return next((word for word in name.split() if word in inference.DTYPES), 'fp32')
+
+
+def has_winograd(name: str, part: str) -> bool:
+    """Tell whether a manner computes convolutions by fewer products, on a CPU."""
+    if part == 'step':
+        return False
+    if name.startswith('ours'):
+        return settings.WINOGRAD and 'fp16' not in name
+    return 'has_winograd' in options_until(name, EVALUATION_OPTIONS, '')
 
 
 # -- loading ---------------------------------------------------------------------------
@@ -260,16 +276,17 @@ class PlainEvaluation:
         n_classes: of the labels.
         stride, align_corners: images are padded for: see inference.padded_size.
         scales, use_flip: each view is computed by itself, probabilities are averaged.
-        precision, channels_last, is_folded: our options.
+        precision, channels_last, is_folded, has_winograd: our options; the last is for
+            a folded network, whose weights are kept in the precision.
     """
 
     def __init__(self, logits_of: Callable, net: nn.Module, device: torch.device,
                  n_classes: int, stride: int, align_corners: bool = True,
                  scales: Sequence[float] = (1.0,), use_flip: bool = False,
                  precision: str = 'fp32', channels_last: bool = False,
-                 is_folded: bool = False):
+                 is_folded: bool = False, has_winograd: bool = False):
         self.logits_of, self.device, self.n_classes = logits_of, device, n_classes
-        self.net = inference.fold(net) if is_folded else net
+        self.net = (inference.fold(net, precision, has_winograd) if is_folded else net)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
         self.grid, self.precision = (stride, align_corners), precision

@@ -5,9 +5,10 @@
 
 Each manner of a part lives in a process of its own, so that none leaves traces for
 another, and they take turns, so that their ratios hold on a noisy machine; the first
-calls, in which kernels are chosen, do not count. FLOPs are those of convolutions and
-matrix products, two for a multiply-add. They are compared with what the device reaches
-in a product of two 4096 x 4096 matrices, which takes its turn too.
+calls, in which kernels are chosen, do not count. FLOPs are those of the convolutions
+and matrix products that are done (fewer, with WINOGRAD), two for a multiply-add. They
+are compared with what the device reaches in a product of two 4096 x 4096 matrices,
+which takes its turn too.
 """
 import json
 import re
@@ -122,7 +123,7 @@ def summarise(seconds: dict[str, list[float]], n_images: int,
 
 
 def count_flops(is_theirs: bool, n_classes: int, size: tuple[int, int],
-                is_training: bool) -> int:
+                is_training: bool, has_winograd: bool = False) -> int:
     """Count the FLOPs of an image: of the network's convolutions and matrix products.
 
     Args:
@@ -130,6 +131,7 @@ def count_flops(is_theirs: bool, n_classes: int, size: tuple[int, int],
         n_classes: of the labels.
         size: (h, w) of the image.
         is_training: the backward pass too.
+        has_winograd: ours computes convolutions by fewer products: count these.
     """
     from torch.utils.flop_counter import FlopCounterMode
     if is_theirs:
@@ -138,6 +140,8 @@ def count_flops(is_theirs: bool, n_classes: int, size: tuple[int, int],
     else:
         net = network.build(n_classes, is_eval=not is_training)
         parts = [net.backbone, net.head]
+        if has_winograd:
+            inference.fold(net, has_winograd=True)
     x = torch.zeros(2, 3, *size, device='meta')
     with FlopCounterMode(display=False) as counter:
         with torch.set_grad_enabled(is_training):
@@ -172,14 +176,18 @@ def measure_evaluation(part: str, names: list[str], values: dict, rounds: int,
     """Measure predicting and scoring pictures, at a single scale or at many."""
     scales, times = ((1.0,), 1) if part == 'evaluation' else (settings.EVAL_SCALES, 2)
     net, counted = network.build(n_classes, is_eval=True), {}
-    for is_theirs in {name.startswith('torchvision') for name in names}:
+    is_cpu = runtime.pick_device().type == 'cpu'
+    kinds = {name: (name.startswith('torchvision'),
+                    is_cpu and manners.has_winograd(name, part)) for name in names}
+    for is_theirs, has_winograd in {*kinds.values()}:
         sizes = [tuple(n if is_theirs else
                        inference.padded_size(n, net.stride, net.align_corners)
                        for n in inference.scaled_size(EVAL_SIZE, scale))
                  for scale in scales]
-        counted[is_theirs] = times * sum(count_flops(is_theirs, n_classes, size, False)
-                                         for size in sizes)
-    operations = {name: counted[name.startswith('torchvision')] for name in names}
+        counted[is_theirs, has_winograd] = times * sum(
+            count_flops(is_theirs, n_classes, size, False, has_winograd)
+            for size in sizes)
+    operations = {name: counted[kind] for name, kind in kinds.items()}
     return compare(part, names, values, n_images, rounds, operations)
 
 
@@ -278,7 +286,7 @@ def measure_part(part: str, is_options: bool, rounds: int, batch: int) -> dict:
         return measure_startup(rounds, batch)
     if part == 'training':
         return measure_training(rounds, batch, device, n_classes)
-    names = manners.list_manners(part, is_options, precision)
+    names = manners.list_manners(part, is_options, precision, device.type == 'cpu')
     if part == 'loader':
         return measure_loader(names, values, rounds)
     if part == 'step':

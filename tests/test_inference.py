@@ -56,6 +56,91 @@ def test_folded_in_bf16():
     assert (after - before).abs().max() < 0.05 * (before.max() - before.min())
 
 
+# -- fewer products --------------------------------------------------------------------
+
+@pytest.mark.parametrize('points', [inference.POINTS, (0, 1, -1, 0.5), (3, 1, -2, 5)])
+def test_winograd_in_one_dimension(points):
+    """Against the sum that defines a convolution, whatever the points."""
+    before, kernel, after = inference.winograd_matrices(points)
+    x, g = np.random.default_rng(0).normal(size=(2, 5))
+    found = after @ ((kernel @ g[:3]) * (before @ x))
+    assert np.allclose(found, [x[i:i + 3] @ g[:3] for i in range(3)], atol=1e-12)
+
+
+def test_bf16_holds_the_transforms_exactly():
+    conv = inference.WinogradConv2d(nn.Conv2d(1, 1, 3, padding=1).double())
+    for matrix in (conv.before, conv.after):
+        assert torch.equal(matrix.bfloat16().double(), matrix)
+
+
+@pytest.mark.parametrize('dilation', [1, 2, 4])
+@pytest.mark.parametrize('size', [(1, 1), (2, 7), (12, 24), (13, 37), (65, 33)])
+def test_a_convolution_by_fewer_products(dilation, size, monkeypatch):
+    """It equals torch's, in parts of any size, for either memory order."""
+    torch.manual_seed(0)
+    for has_bias in (True, False):
+        conv = nn.Conv2d(3, 4, 3, padding=dilation, dilation=dilation, bias=has_bias)
+        fewer = inference.WinogradConv2d(conv.double())
+        for part in (1, inference.PART):
+            monkeypatch.setattr(inference, 'PART', part)
+            for n, order in ((1, torch.channels_last), (2, torch.contiguous_format)):
+                x = torch.randn(n, 3, *size).double().contiguous(memory_format=order)
+                with torch.no_grad():
+                    assert near(fewer(x), conv(x), 1e-12)
+
+
+def test_rounding_of_fewer_products():
+    """Some 1e-6 in float32, four to five times a plain convolution's in bfloat16; the
+    error is the root mean square to that of the output."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(256, 256, 3, padding=2, dilation=2)
+    x = torch.randn(1, 256, 33, 33).relu()
+    for dtype, most, factor in ((torch.float32, 1.5e-6, 10),
+                                (torch.bfloat16, 1.5e-2, 5)):
+        fewer = inference.WinogradConv2d(conv).to(dtype)
+        plain = copy.deepcopy(conv).to(dtype)
+        rounded = x.to(dtype)
+        with torch.no_grad():
+            exact = copy.deepcopy(conv).double()(rounded.double())
+            errors = [((run(rounded).double() - exact).square().mean()
+                       / exact.square().mean()).sqrt().item() for run in (plain, fewer)]
+        assert errors[1] < min(most, factor * errors[0])
+
+
+def count_winograd(predictor):
+    return sum(isinstance(m, inference.WinogradConv2d)
+               for net in predictor.nets for m in net.modules())
+
+
+@pytest.mark.parametrize('depth, stride, n', [(18, 8, 7), (50, 8, 9), (50, 16, 9)])
+def test_which_convolutions_take_fewer_products(depth, stride, n):
+    """Those of 256 channels or more, unless strided or dilated by 8 and more: 3 or 5 of
+    layer3 (6 with a bottleneck), of layer4 the first block's, fc0 and fc1."""
+    net = make_net(N_LAYERS=depth, STEM='plain', STRIDE=stride, HEAD_CHANNELS=512,
+                   FC1_CHANNELS=256)
+    assert count_winograd(make_predictor(net)) == n
+    assert count_winograd(make_predictor(net, precision='fp16')) == 0
+    assert count_winograd(make_predictor(net, has_winograd=False)) == 0
+    assert count_winograd(make_predictor(net, device='meta')) == 0
+
+
+@pytest.mark.parametrize('options', [{}, dict(use_flip=True, scales=(0.5, 1.25),
+                                              window=(40, 24))])
+def test_fewer_products_predict_the_same(options):
+    net = make_net(N_LAYERS=18, STEM='plain', HEAD_CHANNELS=256, FC1_CHANNELS=256)
+    for image in make_images((41, 56), (65, 65)):
+        plain, fewer = (make_predictor(net.double(), has_winograd=has, **options)
+                        for has in (False, True))
+        assert count_winograd(fewer) and near(fewer.predict([image])[0],
+                                              plain.predict([image])[0])
+
+
+def test_the_setting_of_fewer_products():
+    assert runtime.eval_options()['has_winograd'] is True
+    settings.WINOGRAD = False
+    assert runtime.eval_options()['has_winograd'] is False
+
+
 def test_normalising_leaves_the_picture_alone():
     net = make_net(N_LAYERS=18, STEM='plain')
     for images in (torch.randint(256, (2, 3, 9, 9), dtype=torch.uint8),

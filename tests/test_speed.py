@@ -10,6 +10,7 @@ import torch
 from conftest import HERE, TINY, run_script
 
 import dataset
+import inference
 import runtime
 import settings
 from measurement import cost, manners, sides, speed, tables
@@ -47,6 +48,12 @@ def test_the_lists():
         REFERENCE, '+ loss by rows', '+ channels last', '+ bf16', '+ fused optimizer',
         manners.KEPT, 'ours bf16', 'ours bf16 compiled']
     assert '+ fp32' not in manners.list_manners('evaluation', True, 'fp32')
+    on_cpu, on_gpu = (manners.list_manners('evaluation', True, 'bf16', is_cpu)
+                      for is_cpu in (True, False))
+    assert [name for name in on_cpu if name not in on_gpu] == [manners.FEWER,
+                                                               manners.KEPT]
+    settings.WINOGRAD = False
+    assert manners.FEWER not in manners.list_manners('evaluation', True, 'bf16')
     assert manners.list_manners('multi', False, 'bf16') == [REFERENCE, 'ours bf16']
     settings.N_LAYERS = 34  # torchvision has no DeepLabV3 of it
     assert manners.list_manners('step', False, 'fp32') == [REFERENCE, 'ours fp32']
@@ -130,6 +137,25 @@ def test_flops(head):
     if head == 'ema':  # conv1, the iterations and what conv2 sees have no gradient
         wanted -= 2 * n * (3 * 16 * 16 + 2 * 7 * 16 * 4)
     assert speed.count_flops(False, 5, size, True) == wanted
+
+
+def test_flops_of_fewer_products():
+    """By hand: 25 products for each pair of channels and patch instead of 81, and the
+    two transforms."""
+    settings.HEAD_CHANNELS = settings.FC1_CHANNELS = 256
+    settings.N_LAYERS, settings.STEM, settings.STRIDE = 18, 'plain', 16
+    size = (81, 81)  # 6x6 features: the number of patches by dilation is
+    patches = {1: 2 * 2, 2: 4 * 1, 4: 16 * 1}
+    plain, fewer = (speed.count_flops(False, 5, size, False, has)
+                    for has in (False, True))
+    saved = 0
+    net = speed.network.build(5, is_eval=True)
+    for conv in net.modules():
+        if isinstance(conv, torch.nn.Conv2d
+                      ) and inference.WinogradConv2d.pays_for(conv):
+            c, o, n = conv.in_channels, conv.out_channels, patches[conv.dilation[0]]
+            saved += 2 * (9 * c * o * 36 - n * (25 * c * o + 25 * 25 * c + 9 * 25 * o))
+    assert saved > 0 and plain - fewer == saved
 
 
 def test_flops_of_torchvision():
