@@ -103,6 +103,7 @@ class WinogradConv2d(nn.Module):
                 and conv.groups == 1 and conv.in_channels >= WORTH
                 and conv.out_channels >= WORTH)
 
+    @torch.compiler.disable  # of its loop over parts a compiler makes a huge graph
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, n_out, h, w)."""
         b, c, h, w = x.shape

@@ -135,6 +135,15 @@ def test_fewer_products_predict_the_same(options):
                                               plain.predict([image])[0])
 
 
+@pytest.mark.slow  # a compiler is at work
+def test_fewer_products_beside_a_compiler():
+    net = make_net(N_LAYERS=18, STEM='plain', HEAD_CHANNELS=256, FC1_CHANNELS=256)
+    compiled, eager = (make_predictor(net, is_compiled=has) for has in (True, False))
+    assert count_winograd(compiled)
+    for image in make_images((41, 56), (65, 65)):
+        assert near(compiled.predict([image])[0], eager.predict([image])[0], 1e-5)
+
+
 def test_the_setting_of_fewer_products():
     assert runtime.eval_options()['has_winograd'] is True
     settings.WINOGRAD = False
