@@ -77,7 +77,7 @@ class WinogradConv2d(nn.Module):
     accuracy of Winograd convolution for deep neural networks, 2020.
 
     Args:
-        conv: 3x3, stride 1, padded by its dilation, one group.
+        conv: 3x3, stride 1, padded with zeros by its dilation, one group.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -100,7 +100,8 @@ class WinogradConv2d(nn.Module):
         d = conv.dilation[0]
         return (conv.kernel_size == (3, 3) and conv.stride == (1, 1)
                 and conv.padding == conv.dilation == (d, d) and d <= 4
-                and conv.groups == 1 and conv.in_channels >= WORTH
+                and conv.groups == 1 and conv.padding_mode == 'zeros'
+                and conv.in_channels >= WORTH
                 and conv.out_channels >= WORTH)
 
     @torch.compiler.disable  # of its loop over parts a compiler makes a huge graph
@@ -227,7 +228,7 @@ class Predictor:
     and of each the numbers of iterations, if its unit was given several.
 
     Args:
-        nets: Segmenters in evaluation mode; they are folded, so cannot be trained on.
+        nets: Segmenters in evaluation mode; they are folded, so are of no other use.
         device: where to compute.
         precision: fp32, bf16 or fp16.
         scales: of the image's sides.

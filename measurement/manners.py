@@ -58,13 +58,9 @@ def list_manners(part: str, is_options: bool, precision: str, is_cpu: bool = Tru
         return [REFERENCE, *(['+ crop before resizing'] if is_options else []), 'ours']
     precisions = list(dict.fromkeys([precision, 'fp32']))
     if is_options:
-        options = STEP_OPTIONS if part == 'step' else EVALUATION_OPTIONS
-        last = ['ours {}'] + ['ours {} compiled'] * (part != 'multi')
-        idle = {'+ {}'} if precision == 'fp32' else set()
-        idle |= set() if is_cpu else {FEWER, KEPT}
-        idle |= set() if settings.WINOGRAD else {FEWER}
-        return [REFERENCE, *(name.format(precision) for name in (*options, *last)
-                             if name not in idle)]
+        last = ['', ' compiled'] if part != 'multi' else ['']
+        return [REFERENCE, *options_of(part, precision, is_cpu),
+                *(f'ours {precision}{more}' for more in last)]
     ours = [f'ours {precision}' for precision in precisions]
     if part == 'multi':
         return [REFERENCE, ours[0]]
@@ -74,14 +70,30 @@ def list_manners(part: str, is_options: bool, precision: str, is_cpu: bool = Tru
     return [REFERENCE, *(theirs if has_theirs else []), *ours]
 
 
-def options_until(name: str, table: dict[str, dict], precision: str) -> dict:
-    """Return the options of a manner, those before it in the table included."""
+def options_of(part: str, precision: str, is_cpu: bool = True) -> dict[str, dict]:
+    """Return what is added one after the other, without what changes nothing here.
+
+    Args:
+        part: step, evaluation or multi.
+        precision: the device's best.
+        is_cpu: whether the device is a CPU.
+    """
+    table = STEP_OPTIONS if part == 'step' else EVALUATION_OPTIONS
+    idle = {'+ {}'} if precision == 'fp32' else set()
+    idle |= set() if is_cpu else {FEWER, KEPT}
+    idle |= set() if settings.WINOGRAD and precision != 'fp16' else {FEWER}
+    return {name.format(precision): {key: precision if value == '{}' else value
+                                     for key, value in values.items()}
+            for name, values in table.items() if name not in idle}
+
+
+def options_until(name: str, part: str, precision: str) -> dict:
+    """Return the options of a manner, those added before it included."""
     found = {}
     if name != REFERENCE:
-        for option, values in table.items():
-            found |= {key: precision if value == '{}' else value
-                      for key, value in values.items()}
-            if option.format(precision) == name:
+        for option, values in options_of(part, precision).items():
+            found |= values
+            if option == name:
                 break
     return found
 
@@ -89,18 +101,18 @@ def options_until(name: str, table: dict[str, dict], precision: str) -> dict:
 def precision_of(name: str, part: str, precision: str) -> str:
     """Return the precision of a manner, where `precision` is the device's best."""
     if name.startswith('+'):
-        options = STEP_OPTIONS if part == 'step' else EVALUATION_OPTIONS
-        return options_until(name, options, precision).get('precision', 'fp32')
+        return options_until(name, part, precision).get('precision', 'fp32')
     return next((word for word in name.split() if word in inference.DTYPES), 'fp32')
 
 
-def has_winograd(name: str, part: str) -> bool:
-    """Tell whether a manner computes convolutions by fewer products, on a CPU."""
-    if part == 'step':
-        return False
+def has_winograd(name: str, part: str, precision: str) -> bool:
+    """Tell whether a manner of evaluating computes convolutions by fewer products, on a
+    CPU whose best precision is given."""
     if name.startswith('ours'):
         return settings.WINOGRAD and 'fp16' not in name
-    return 'has_winograd' in options_until(name, EVALUATION_OPTIONS, '')
+    if name.startswith('torchvision'):
+        return False
+    return 'has_winograd' in options_until(name, part, precision)
 
 
 # -- loading ---------------------------------------------------------------------------
@@ -250,7 +262,7 @@ def make_step(name: str, n_classes: int, device: torch.device, n: int) -> Callab
                          precision_of(name, 'step', ''))
     else:
         net = network.build(n_classes).to(device)
-        options = options_until(name, STEP_OPTIONS, runtime.pick_precision(device))
+        options = options_until(name, 'step', runtime.pick_precision(device))
         step = PlainStep(lambda net, images: net(images), net,
                          train.group_parameters(net), device, **options)
     return lambda: step(x, y)
@@ -371,7 +383,7 @@ def make_evaluation(name: str, part: str, n_classes: int, device: torch.device,
         return lambda: plain(x, labels)
     net = make_net(n_classes, images[0])
     grid = net.stride, net.align_corners
-    options = options_until(name, EVALUATION_OPTIONS, runtime.pick_precision(device))
+    options = options_until(name, part, runtime.pick_precision(device))
     plain = PlainEvaluation(lambda net, x: net(x), net.to(device), device, n_classes,
                             *grid, **views, **options)
     x = normalise(images)

@@ -176,9 +176,11 @@ def measure_evaluation(part: str, names: list[str], values: dict, rounds: int,
     """Measure predicting and scoring pictures, at a single scale or at many."""
     scales, times = ((1.0,), 1) if part == 'evaluation' else (settings.EVAL_SCALES, 2)
     net, counted = network.build(n_classes, is_eval=True), {}
-    is_cpu = runtime.pick_device().type == 'cpu'
+    device = runtime.pick_device()
+    best, is_cpu = runtime.pick_precision(device), device.type == 'cpu'
     kinds = {name: (name.startswith('torchvision'),
-                    is_cpu and manners.has_winograd(name, part)) for name in names}
+                    is_cpu and manners.has_winograd(name, part, best))
+             for name in names}
     for is_theirs, has_winograd in {*kinds.values()}:
         sizes = [tuple(n if is_theirs else
                        inference.padded_size(n, net.stride, net.align_corners)

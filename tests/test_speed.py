@@ -52,7 +52,18 @@ def test_the_lists():
                       for is_cpu in (True, False))
     assert [name for name in on_cpu if name not in on_gpu] == [manners.FEWER,
                                                                manners.KEPT]
+    def by_fewer_products(precision):
+        names = (name for is_options in (True, False) for name in
+                 manners.list_manners('evaluation', is_options, precision))
+        options = manners.options_until(manners.KEPT, 'evaluation', precision)
+        return options.get('has_winograd', False), [
+            name for name in dict.fromkeys(names)
+            if manners.has_winograd(name, 'evaluation', precision)]
+    assert by_fewer_products('bf16') == (True, [
+        manners.FEWER, manners.KEPT, 'ours bf16', 'ours bf16 compiled', 'ours fp32'])
+    assert by_fewer_products('fp16') == (False, ['ours fp32'])
     settings.WINOGRAD = False
+    assert by_fewer_products('bf16') == (False, [])
     assert manners.FEWER not in manners.list_manners('evaluation', True, 'bf16')
     assert manners.list_manners('multi', False, 'bf16') == [REFERENCE, 'ours bf16']
     settings.N_LAYERS = 34  # torchvision has no DeepLabV3 of it
@@ -61,7 +72,7 @@ def test_the_lists():
 
 def test_options_add_up():
     def options(name):
-        return manners.options_until(name, manners.STEP_OPTIONS, 'bf16')
+        return manners.options_until(name, 'step', 'bf16')
     assert options(REFERENCE) == {}
     assert options('+ channels last') == {'by_rows': True, 'channels_last': True}
     assert options(manners.KEPT) == {'by_rows': True, 'channels_last': True,
