@@ -129,7 +129,7 @@ def block_pixels(memory: float, n_classes: int, n_weights: int, options: dict,
     while it is decoded. So 12000 x 9000 pixels took 1.57 GB with --memory 1.3 (1.75
     while they were decoded) for 21 classes, and 2.06 with --memory 2.2 for 171; two of
     the blocks were computed, the others copied. That was without WINOGRAD, with which
-    the weights take 0.13 GB more, and a pixel as much (656 and 673 bytes of a megapixel).
+    the weights take 0.13 GB more, and a pixel as much (656, without 673 bytes).
 
     Args:
         memory: GB, 1e9 bytes.
