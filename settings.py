@@ -72,8 +72,7 @@ OHEM_MIN = 100000           # pixels of an image that OHEM keeps at least
 AUX_WEIGHT = 0.0            # of the loss of an FCN head on layer3; 0 is without
 CLIP_GRAD = 0.0             # largest norm of the gradient; 0 is off
 
-# -- the machine; none of these changes what is computed, PRECISION and WINOGRAD
-# only how exactly
+# -- the machine; what is computed stays, PRECISION and WINOGRAD change how exactly
 DEVICE = 'auto'             # auto, cpu, mps, cuda (all of them), cuda:1 or cuda:0,2
 RANKS = 0                   # processes that share the work; 0: one a GPU, or one
 PRECISION = 'auto'          # fp32, bf16, fp16; auto is bf16 where the device has it
