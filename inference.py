@@ -101,8 +101,7 @@ class WinogradConv2d(nn.Module):
         return (conv.kernel_size == (3, 3) and conv.stride == (1, 1)
                 and conv.padding == conv.dilation == (d, d) and d <= 4
                 and conv.groups == 1 and conv.padding_mode == 'zeros'
-                and conv.in_channels >= WORTH
-                and conv.out_channels >= WORTH)
+                and min(conv.in_channels, conv.out_channels) >= WORTH)
 
     @torch.compiler.disable  # of its loop over parts a compiler makes a huge graph
     def forward(self, x: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ def count_winograd(predictor):
 
 @pytest.mark.parametrize('depth, stride, n', [(18, 8, 7), (50, 8, 9), (50, 16, 9)])
 def test_which_convolutions_take_fewer_products(depth, stride, n):
-    """Those of 256 channels or more, unless strided or dilated by 8 and more: 3 or 5 of
-    layer3 (6 with a bottleneck), of layer4 the first block's, fc0 and fc1."""
+    """Those of 256 channels or more, unless strided or dilated by 8 and more: 3 of
+    layer3 (6 with bottlenecks), of layer4 the first block's 2 (1), fc0 and fc1."""
     net = make_net(N_LAYERS=depth, STEM='plain', STRIDE=stride, HEAD_CHANNELS=512,
                    FC1_CHANNELS=256)
     assert count_winograd(make_predictor(net)) == n
