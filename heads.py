@@ -1,24 +1,24 @@
-"""The rivals of the EM attention head, called exactly as it is, chosen by HEAD.
+"""Other segmentation heads, called exactly as the EMA head, chosen by HEAD.
 
     python train.py HEAD=deeplabv3              # the same backbone, recipe and loop
     python measure.py table1                    # what each of them costs
 
 A head takes the list of the backbone's four features and returns logits (b, classes,
 h/os, w/os), those of DeepLabV3+ are (b, classes, h/4, w/4). Each is built as its
-authors published it; where it is not, its docstring says so. Attention is computed in
-at least float32, as EM is.
+authors published it; its docstring says where it is not. Attention is computed in at
+least float32, as EM is.
 """
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone import ConvBNReLU, at_least_float32, in_full_precision
+from backbone import ConvBNReLU
+from emau import at_least_float32, disable_autocast
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize features (b, c, h, w) bilinearly, with aligned corners."""
-    return F.interpolate(x, size, mode='bilinear', align_corners=True)
+def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Resize features (b, c, h, w) bilinearly."""
+    return F.interpolate(x, size, mode='bilinear', align_corners=align_corners)
 
 
 # -- convolutions ----------------------------------------------------------------------
@@ -30,7 +30,7 @@ class FCNHead(nn.Module):
     auxiliary head that mmsegmentation trains beside others.
 
     Args:
-        n_in: channels of each level of the features.
+        in_channels: channels of each level of the features.
         n_classes: of the logits.
         level: index of the features it looks at, -1 is layer4.
         channels: of the 3x3 convolution.
@@ -38,17 +38,17 @@ class FCNHead(nn.Module):
         bn_momentum: of its batch norm.
     """
 
-    def __init__(self, n_in: list[int], n_classes: int, level: int = -1,
+    def __init__(self, in_channels: list[int], n_classes: int, level: int = -1,
                  channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4):
         super().__init__()
         self.level = level
-        self.conv = ConvBNReLU(n_in[level], channels, 3, bn_momentum=bn_momentum)
+        self.conv = ConvBNReLU(in_channels[level], channels, 3, bn_momentum=bn_momentum)
         self.dropout = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(channels, n_classes, 1)
+        self.classifier = nn.Conv2d(channels, n_classes, 1)
 
     def forward(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> logits (b, classes, h', w') of its level."""
-        return self.classify(self.dropout(self.conv(feats[self.level])))
+        return self.classifier(self.dropout(self.conv(feats[self.level])))
 
 
 class ASPP(nn.Module):
@@ -58,24 +58,25 @@ class ASPP(nn.Module):
     each with batch norm, side by side; a 1x1 convolution joins them.
 
     Args:
-        n_in: channels of the features.
+        in_channels: channels of the features.
         channels: of each branch and of the output.
         stride: pixels of the image per feature. The dilations are 6, 12 and 18 at 16
             and twice that at 8.
         bn_momentum: of every batch norm.
     """
 
-    def __init__(self, n_in: int, channels: int, stride: int, bn_momentum: float):
+    def __init__(self, in_channels: int, channels: int, stride: int,
+                 bn_momentum: float):
         super().__init__()
         self.branches = nn.ModuleList([
-            ConvBNReLU(n_in, channels, 1, bn_momentum=bn_momentum),
-            *(ConvBNReLU(n_in, channels, 3, rate * 16 // stride, bn_momentum)
+            ConvBNReLU(in_channels, channels, 1, bn_momentum=bn_momentum),
+            *(ConvBNReLU(in_channels, channels, 3, rate * 16 // stride, bn_momentum)
               for rate in (6, 12, 18))])
-        self.pool = ConvBNReLU(n_in, channels, 1, bn_momentum=bn_momentum)
+        self.pool = ConvBNReLU(in_channels, channels, 1, bn_momentum=bn_momentum)
         self.project = ConvBNReLU(5 * channels, channels, 1, bn_momentum=bn_momentum)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, n_in, h, w) -> (b, channels, h, w)."""
+        """(b, in_channels, h, w) -> (b, channels, h, w)."""
         norm = self.pool.bn
         if norm.training and len(x) == 1 and type(norm) is nn.BatchNorm2d:
             raise ValueError('DeepLab pools each image to one pixel, so that its batch '
@@ -90,7 +91,7 @@ class DeepLabV3Head(nn.Module):
     """ASPP and the classifier (Chen et al., 2017: DeepLabV3).
 
     Args:
-        n_in: channels of each level of the features.
+        in_channels: channels of each level of the features.
         n_classes: of the logits.
         stride: pixels of the image per feature.
         channels: of ASPP's branches.
@@ -98,16 +99,16 @@ class DeepLabV3Head(nn.Module):
         bn_momentum: of every batch norm.
     """
 
-    def __init__(self, n_in: list[int], n_classes: int, stride: int,
+    def __init__(self, in_channels: list[int], n_classes: int, stride: int,
                  channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4):
         super().__init__()
-        self.aspp = ASPP(n_in[-1], channels, stride, bn_momentum)
+        self.aspp = ASPP(in_channels[-1], channels, stride, bn_momentum)
         self.dropout = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(channels, n_classes, 1)
+        self.classifier = nn.Conv2d(channels, n_classes, 1)
 
     def forward(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
-        return self.classify(self.dropout(self.aspp(feats[-1])))
+        return self.classifier(self.dropout(self.aspp(feats[-1])))
 
 
 class DeepLabV3PlusHead(nn.Module):
@@ -116,26 +117,31 @@ class DeepLabV3PlusHead(nn.Module):
     The features of layer1 are reduced to 48 channels and stand beside ASPP's upsampled
     output; two 3x3 convolutions and the classifier follow at stride 4.
 
-    Args: as those of DeepLabV3Head.
+    Args:
+        align_corners: of the upsampling of ASPP's output; True is the rule of the
+            whole network here.
+        others: as those of DeepLabV3Head.
     """
 
-    def __init__(self, n_in: list[int], n_classes: int, stride: int,
-                 channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4):
+    def __init__(self, in_channels: list[int], n_classes: int, stride: int,
+                 channels: int = 256, dropout: float = 0.1, bn_momentum: float = 3e-4,
+                 align_corners: bool = True):
         super().__init__()
-        self.aspp = ASPP(n_in[-1], channels, stride, bn_momentum)
-        self.reduce = ConvBNReLU(n_in[0], 48, 1, bn_momentum=bn_momentum)
+        self.align_corners = align_corners
+        self.aspp = ASPP(in_channels[-1], channels, stride, bn_momentum)
+        self.reduce = ConvBNReLU(in_channels[0], 48, 1, bn_momentum=bn_momentum)
         self.refine = nn.Sequential(
             ConvBNReLU(channels + 48, channels, 3, bn_momentum=bn_momentum),
             ConvBNReLU(channels, channels, 3, bn_momentum=bn_momentum))
         self.dropout = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(channels, n_classes, 1)
+        self.classifier = nn.Conv2d(channels, n_classes, 1)
 
     def forward(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> logits (b, classes, h/4, w/4)."""
         fine = self.reduce(feats[0])                               # (b, 48, h/4, w/4)
-        x = resize(self.aspp(feats[-1]), fine.shape[2:])
+        x = resize(self.aspp(feats[-1]), fine.shape[2:], self.align_corners)
         x = self.refine(torch.cat([x, fine], 1))
-        return self.classify(self.dropout(x))
+        return self.classifier(self.dropout(x))
 
 
 # -- point-wise spatial attention ------------------------------------------------------
@@ -144,37 +150,38 @@ class PSABranch(nn.Module):
     """One direction of PSANet: the pixels' features, and what each asks of the others.
 
     Args:
-        n_in: channels of the features.
+        in_channels: channels of the features.
         grid: rows and columns that attention works on.
         channels: of what is passed on.
         bn_momentum: of every batch norm.
+        align_corners: of the resizing to the grid.
     """
 
-    def __init__(self, n_in: int, grid: tuple[int, int], channels: int,
-                 bn_momentum: float):
+    def __init__(self, in_channels: int, grid: tuple[int, int], channels: int,
+                 bn_momentum: float, align_corners: bool):
         super().__init__()
-        self.grid = grid
+        self.grid, self.align_corners = grid, align_corners
         n_offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-        self.reduce = ConvBNReLU(n_in, channels, 1, bn_momentum=bn_momentum)
+        self.reduce = ConvBNReLU(in_channels, channels, 1, bn_momentum=bn_momentum)
         self.attend = nn.Sequential(
             ConvBNReLU(channels, channels, 1, bn_momentum=bn_momentum),
             nn.Conv2d(channels, n_offsets, 1, bias=False))
 
-    def forward(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and attention.
 
         Args:
-            x: (b, n_in, h, w).
-            places: (n * n,) see PSAHead.
+            x: (b, in_channels, h, w).
+            indices: (n * n,) see PSAHead.
 
         Returns:
             (b, channels, n) and (b, n, n), n = rows * columns of the grid; [:, j, i] is
             what pixel i gives to pixel j, before the softmax.
         """
-        x = resize(self.reduce(x), self.grid)                      # (b, c, rows, cols)
+        x = resize(self.reduce(x), self.grid, self.align_corners)  # (b, c, rows, cols)
         n = self.grid[0] * self.grid[1]
         maps = self.attend(x).flatten(1)                           # (b, offsets * n)
-        weights = maps.index_select(1, places).unflatten(1, (n, n))
+        weights = maps.index_select(1, indices).unflatten(1, (n, n))
         return x.flatten(2), weights
 
 
@@ -191,56 +198,60 @@ class PSAHead(nn.Module):
     stride shall be evaluated by it.
 
     Args:
-        n_in: channels of each level of the features.
+        in_channels: channels of each level of the features.
         n_classes: of the logits.
         grid: rows and columns that attention works on.
         channels: of what is passed on, and of the last convolution.
         dropout: share of the last features' channels dropped while training.
         bn_momentum: of every batch norm.
-        concat: hand the features on beside the attention's output. Without it the head
-            costs what Table 1 of the EMANet paper says of PSANet.
+        concat: concatenate the features with the attention's output. Without it the
+            head costs what Table 1 of the EMANet paper says of PSANet.
+        align_corners: of the resizing to the grid and back.
     """
 
-    def __init__(self, n_in: list[int], n_classes: int,
+    def __init__(self, in_channels: list[int], n_classes: int,
                  grid: tuple[int, int] = (33, 33), channels: int = 512,
-                 dropout: float = 0.1, bn_momentum: float = 3e-4, concat: bool = True):
+                 dropout: float = 0.1, bn_momentum: float = 3e-4, concat: bool = True,
+                 align_corners: bool = True):
         super().__init__()
-        self.concat = concat
-        self.collect = PSABranch(n_in[-1], grid, channels, bn_momentum)
-        self.distribute = PSABranch(n_in[-1], grid, channels, bn_momentum)
-        self.project = ConvBNReLU(2 * channels, n_in[-1], 1, bn_momentum=bn_momentum)
-        self.conv = ConvBNReLU((1 + concat) * n_in[-1], channels, 3,
+        self.concat, self.align_corners = concat, align_corners
+        last = in_channels[-1]
+        self.collect = PSABranch(last, grid, channels, bn_momentum, align_corners)
+        self.distribute = PSABranch(last, grid, channels, bn_momentum, align_corners)
+        self.project = ConvBNReLU(2 * channels, last, 1, bn_momentum=bn_momentum)
+        self.conv = ConvBNReLU(2 * last if concat else last, channels, 3,
                                bn_momentum=bn_momentum)
         self.dropout = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(channels, n_classes, 1)
-        # places: of each pair (j, i) of pixels, where the weight that pixel i has
-        # predicted for pixel j lies among all its weights for offsets
+        self.classifier = nn.Conv2d(channels, n_classes, 1)
+        # For each pair (j, i) of pixels: the index of the weight that pixel i predicts
+        # for pixel j among its weights for all offsets.
         rows, columns = grid
         y, x = torch.arange(rows), torch.arange(columns)
         y, x = y[:, None] - y + rows - 1, x[:, None] - x + columns - 1  # [j, i]
         offsets = y[:, None, :, None] * (2 * columns - 1) + x[None, :, None, :]
         n = rows * columns
-        places = offsets.reshape(n, n) * n + torch.arange(n)
-        self.register_buffer('places', places.flatten(), False)
+        indices = offsets.reshape(n, n) * n + torch.arange(n)
+        self.register_buffer('indices', indices.flatten(), persistent=False)
 
     @staticmethod
     def mix(x: Tensor, weights: Tensor) -> Tensor:
         """Mix pixels x (b, c, n) by weights (b, n, n), each column's after a softmax.
         """
-        with in_full_precision(x.device.type):
+        with disable_autocast(x.device.type):
             return at_least_float32(x) @ at_least_float32(weights).softmax(1)
 
     def forward(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
         x = feats[-1]
-        found, weights = self.collect(x, self.places)
-        collected = self.mix(found, weights)                       # (b, c, n)
-        found, weights = self.distribute(x, self.places)
-        distributed = self.mix(found, weights.transpose(1, 2))     # (b, c, n)
+        values, weights = self.collect(x, self.indices)
+        collected = self.mix(values, weights)                      # (b, c, n)
+        values, weights = self.distribute(x, self.indices)
+        distributed = self.mix(values, weights.transpose(1, 2))    # (b, c, n)
         both = torch.cat([collected, distributed], 1).unflatten(2, self.collect.grid)
-        both = resize(self.project(both.to(x.dtype)), x.shape[2:])  # (b, n_in, h, w)
+        both = self.project(both.to(x.dtype))                # (b, in_channels, r, c)
+        both = resize(both, x.shape[2:], self.align_corners)
         x = torch.cat([x, both], 1) if self.concat else both
-        return self.classify(self.dropout(self.conv(x)))
+        return self.classifier(self.dropout(self.conv(x)))
 
 
 # -- units that take the EM attention unit's place -------------------------------------
@@ -283,7 +294,7 @@ class NonLocal(nn.Module):
         """(b, channels, h, w) -> the same."""
         query, key, value = (layer(x).flatten(2).transpose(1, 2)   # (b, n, c/2)
                              for layer in (self.query, self.key, self.value))
-        with in_full_precision(x.device.type):
+        with disable_autocast(x.device.type):
             y = self.attend(*map(at_least_float32, (query, key, value))).to(x.dtype)
         return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
@@ -327,7 +338,7 @@ class DoubleAttention(nn.Module):
         """(b, channels, h, w) -> the same."""
         phi, theta, rho = (layer(x).flatten(2).transpose(1, 2)     # (b, n, c or k)
                            for layer in (self.phi, self.theta, self.rho))
-        with in_full_precision(x.device.type):
+        with disable_autocast(x.device.type):
             phi, theta, rho = map(at_least_float32, (phi, theta, rho))
             y = self.distribute(self.gather(phi, theta), rho).to(x.dtype)
         return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
@@ -337,7 +348,7 @@ class UnitHead(nn.Module):
     """The EM attention head with another unit: fc0, unit, fc1, dropout, classifier.
 
     Args:
-        n_in: channels of each level of the features.
+        in_channels: channels of each level of the features.
         n_classes: of the logits.
         unit: (b, channels, h, w) -> the same.
         channels: of fc0 and the unit.
@@ -346,18 +357,18 @@ class UnitHead(nn.Module):
         bn_momentum: of every batch norm.
     """
 
-    def __init__(self, n_in: list[int], n_classes: int, unit: nn.Module, channels: int,
-                 fc1_channels: int = 256, dropout: float = 0.1,
+    def __init__(self, in_channels: list[int], n_classes: int, unit: nn.Module,
+                 channels: int, fc1_channels: int = 256, dropout: float = 0.1,
                  bn_momentum: float = 3e-4):
         super().__init__()
-        self.fc0 = ConvBNReLU(n_in[-1], channels, 3, bn_momentum=bn_momentum)
+        self.fc0 = ConvBNReLU(in_channels[-1], channels, 3, bn_momentum=bn_momentum)
         self.unit = unit
         self.fc1 = (ConvBNReLU(channels, fc1_channels, 3, bn_momentum=bn_momentum)
                     if fc1_channels else nn.Identity())
         self.dropout = nn.Dropout2d(dropout if fc1_channels else 0.0)
-        self.classify = nn.Conv2d(fc1_channels or channels, n_classes, 1)
+        self.classifier = nn.Conv2d(fc1_channels or channels, n_classes, 1)
 
     def forward(self, feats: list[Tensor]) -> Tensor:
         """Four features of the backbone -> logits (b, classes, h/os, w/os)."""
         x = self.unit(self.fc0(feats[-1]))
-        return self.classify(self.dropout(self.fc1(x)))
+        return self.classifier(self.dropout(self.fc1(x)))

@@ -1,40 +1,32 @@
-"""Class probabilities of images: whole or by windows, at several scales, mirrored.
+"""Class probabilities of images: whole or by windows, at several scales, flipped.
 
     from inference import Predictor
     predictor = Predictor([net], device)    # net: a Segmenter in evaluation mode
     mask = predictor.predict([image])[0].argmax(1)[0]
 
-Predict first, score or draw second: eval.py, predict.py and the test server's files all
-use what is here.
+eval.py, predict.py and the files for test servers all use what is here.
 """
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
-POINTS = (0.0, 0.75, -0.75, 2.0)  # of Winograd's algorithm: see WinogradConv2d
-WORTH = 256            # least number of channels for which it pays
-PART = 1 << 22         # numbers that its patches are transformed at a time
 
 
-def fold(net: nn.Module, precision: str = 'fp32', has_winograd: bool = False
-         ) -> nn.Module:
-    """Fold batch norms into the convolutions before them, for inference only.
+def fuse_batch_norms(net: nn.Module, precision: str = 'fp32') -> nn.Module:
+    """Fuse batch norms into the convolutions before them, for inference only.
 
     Args:
         net: in evaluation mode; is changed in place and cannot be trained afterwards.
             In each of its modules a batch norm belongs to the convolution that is
             registered right before it, on its own or as the last of a sequence.
-        precision: bf16 and fp16 also keep the convolutions' weights so, which spares
-            autocast the casting in every call.
-        has_winograd: also compute convolutions by fewer products where that is known to
-            pay on CPUs: see WinogradConv2d.
+        precision: fp32, bf16 or fp16. With bf16 and fp16 the weights of convolutions
+            are stored in that type, so that autocast need not cast them in every call.
 
     Returns:
         The network.
@@ -51,118 +43,22 @@ def fold(net: nn.Module, precision: str = 'fp32', has_winograd: bool = False
                 before = (child, list(child._modules)[-1])
             if not isinstance(getattr(*before), nn.Conv2d):
                 before = None
-    if has_winograd:
-        for module in list(net.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Conv2d) and WinogradConv2d.pays_for(child):
-                    setattr(module, name, WinogradConv2d(child))
     if precision != 'fp32':
         for module in net.modules():
-            if isinstance(module, (nn.Conv2d, WinogradConv2d)):
+            if isinstance(module, nn.Conv2d):
                 module.to(DTYPES[precision])
     return net
 
 
-class WinogradConv2d(nn.Module):
-    """A 3x3 convolution that keeps the size, by fewer products, for inference.
-
-    Winograd's algorithm F(3x3, 3x3): 3 x 3 outputs and the 5 x 5 inputs that they see
-    are taken as polynomials, which are multiplied by their values at 5 x 5 points: 25
-    products for each pair of channels instead of 81. What is done before and after, per
-    channel, is far less. It rounds by some 1e-6 of the output in float32, by 1e-2 in
-    bfloat16, four times a plain convolution's; of the points tried, POINTS round least
-    of those whose transforms bfloat16 holds exactly. The weights take 25 / 9 of their
-    memory. Source: Lavin and Gray, Fast algorithms for convolutional neural networks,
-    CVPR 2016; for the points, Barabasz et al., Error analysis and improving the
-    accuracy of Winograd convolution for deep neural networks, 2020.
-
-    Args:
-        conv: 3x3, stride 1, padded with zeros by its dilation, one group.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        self.n_out, n_in = conv.weight.shape[:2]
-        self.dilation, dtype = conv.dilation[0], conv.weight.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        before, kernel, after = (torch.from_numpy(np.kron(m, m)).to(exact)
-                                 for m in winograd_matrices(POINTS))
-        weight = kernel @ conv.weight.detach().to(exact).reshape(-1, 9).T
-        self.register_buffer('weight', weight.view(25, self.n_out, n_in).to(dtype))
-        self.register_buffer('bias', None if conv.bias is None else conv.bias.detach())
-        self.register_buffer('before', before.to(dtype))           # (25, 25)
-        self.register_buffer('after', after.to(dtype))             # (9, 25)
-
-    @staticmethod
-    def pays_for(conv: nn.Conv2d) -> bool:
-        """Tell whether a convolution can be computed so, and is faster so: not with few
-        channels, nor where a large dilation leaves few pixels to each of its grids."""
-        d = conv.dilation[0]
-        return (conv.kernel_size == (3, 3) and conv.stride == (1, 1)
-                and conv.padding == conv.dilation == (d, d) and d <= 4
-                and conv.groups == 1 and conv.padding_mode == 'zeros'
-                and min(conv.in_channels, conv.out_channels) >= WORTH)
-
-    @torch.compiler.disable  # of its loop over parts a compiler makes a huge graph
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, n_out, h, w)."""
-        b, c, h, w = x.shape
-        d, x = self.dilation, x.permute(0, 2, 3, 1)                # (b, h, w, c)
-        # With dilation d the pixels are d * d grids that do not see one another. A
-        # patch is 5 x 5 pixels of a grid; the patches begin at every third.
-        n_rows, n_columns = (-(-n // (3 * d)) for n in (h, w))
-        right = 3 * d * n_columns - w + d
-        y = x.new_empty(b, n_rows, 3, d, n_columns, 3, d, self.n_out,
-                        dtype=self.weight.dtype)
-        step = max(PART // (25 * b * n_columns * d * d * c), 1)
-        for first in range(0, n_rows, step):                       # rows of patches
-            last = min(first + step, n_rows)
-            top, bottom = 3 * d * first - d, 3 * d * last + d
-            part = F.pad(x[:, max(top, 0):bottom], (
-                0, 0, d, right, max(-top, 0), max(bottom - h, 0)))
-            part = part.reshape(b, -1, d, 3 * n_columns + 2, d, c)
-            patches = part.unfold(1, 5, 3).unfold(3, 5, 3)  # (b, rows, d, ..., c, 5, 5)
-            patches = patches.permute(6, 7, 0, 1, 2, 3, 4, 5).reshape(25, -1)
-            values = (self.before @ patches).view(25, -1, c)
-            values = values @ self.weight.mT                # (25, patches, n_out)
-            found = self.after @ values.flatten(1)
-            found = found.view(3, 3, b, last - first, d, n_columns, d, -1)
-            y[:, first:last] = found.permute(2, 3, 0, 4, 5, 1, 6, 7)
-        y = y.view(b, n_rows * 3 * d, -1, self.n_out)[:, :h, :w]
-        y = y.contiguous() if self.bias is None else y + self.bias
-        return y.permute(0, 3, 1, 2)
-
-
-def winograd_matrices(points: Sequence[float]
-                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the matrices of Winograd's algorithm for kernels of three.
-
-    By Cook and Toom: y = after @ ((kernel @ g) * (before @ x)) is y[i] = sum over j of
-    g[j] * x[i + j], where x has n + 1 numbers for n points, y has n - 1, and infinity
-    is a point too.
-
-    Args:
-        points: different from one another.
-
-    Returns:
-        (before, kernel, after): (n + 1, n + 1), (n + 1, 3) and (n - 1, n + 1).
-    """
-    points, n = np.array(points, float), len(points)
-    others = [np.delete(points, i) for i in range(n)]
-    before = [[*np.poly(other)[::-1], 0] for other in others] + [np.poly(points)[::-1]]
-    kernel = np.vander(points, 3, increasing=True)
-    kernel /= [[np.prod(p - other)] for p, other in zip(points, others, strict=True)]
-    after = np.vander(points, n - 1, increasing=True)
-    return (np.array(before), np.vstack([kernel, [0, 0, 1]]),
-            np.vstack([after, np.eye(n - 1)[-1]]).T)
-
-
 def padded_size(size: int, stride: int, align_corners: bool = True) -> int:
-    """Return the least side, not below a size, at which features lie evenly.
+    """Return the smallest side, not below a size, that suits a network's stride.
 
-    With aligned corners that is a multiple of the stride plus 1, and a feature lies on
-    every stride-th pixel exactly; without them a multiple, and each feature is taken to
-    lie in the middle of its block of pixels.
+    Args:
+        size: of the side, in pixels.
+        stride: of the network.
+        align_corners: True gives k * stride + 1, where a feature lies on every
+            stride-th pixel; False gives k * stride, where a feature lies in the middle
+            of its block of pixels.
     """
     edge = 1 if align_corners else 0
     return (size + stride - 1 - edge) // stride * stride + edge  # ONNX: -1 // 2 is 0
@@ -170,11 +66,10 @@ def padded_size(size: int, stride: int, align_corners: bool = True) -> int:
 
 @torch.inference_mode()
 def predict_logits(net: nn.Module, image: Tensor) -> Tensor:
-    """Return the logits of one image at its own size, plainly (FACTS: single scale).
+    """Return the logits of one image at its own size and a single scale.
 
-    The image is padded right and bottom with the mean, which is 0 after normalising, to
-    its padded_size; the padding is cut off again. A Predictor gives the same, faster,
-    and more.
+    The image is normalised and padded right and bottom with zeros (the mean) to its
+    padded_size; the padding is cut off again. A Predictor does the same faster.
 
     Args:
         net: a Segmenter in evaluation mode.
@@ -185,18 +80,18 @@ def predict_logits(net: nn.Module, image: Tensor) -> Tensor:
     """
     h, w = image.shape[1:]
     x = net.normalise(image[None].to(net.mean.device))
-    right, bottom = (padded_size(n, net.stride, net.align_corners) - n for n in (w, h))
-    x = F.pad(x, (0, right, 0, bottom))
-    return net(x)[0, :, :h, :w]
+    bottom = padded_size(h, net.stride, net.align_corners) - h
+    right = padded_size(w, net.stride, net.align_corners) - w
+    return net(F.pad(x, (0, right, 0, bottom)))[0, :, :h, :w]
 
 
-def places(size: int, window: int, step: float) -> list[int]:
-    """Return where windows begin so that they cover a side, the last one at its end.
+def window_starts(size: int, window: int, step: float) -> list[int]:
+    """Return where windows start so that they cover a side evenly, up to its end.
 
     Args:
-        size: pixels of the side.
-        window: pixels of a window; 0, or no less than `size`, is one for all.
-        step: share of the window from one to the next, at most; they stand evenly.
+        size: of the side, in pixels.
+        window: side of a window, in pixels; 0, or `size` or more, is one for all.
+        step: distance between two starts, at most, as a share of the window.
     """
     if not 0 < window < size:
         return [0]
@@ -204,56 +99,59 @@ def places(size: int, window: int, step: float) -> list[int]:
     return [round(i * (size - window) / (n - 1)) for i in range(n)]
 
 
-def cut_windows(size: tuple[int, int], window: tuple[int, int], step: float
-                ) -> list[tuple[slice, slice]]:
-    """Return the windows (rows, columns) that cover an image of a size: see places."""
-    sides = []
-    for n, side in zip(size, window, strict=True):
-        side_or_all = side if 0 < side < n else n
-        sides.append([slice(start, start + side_or_all)
-                      for start in places(n, side, step)])
-    return [(rows, columns) for rows in sides[0] for columns in sides[1]]
+def make_windows(size: tuple[int, int], window: tuple[int, int], step: float
+                 ) -> list[tuple[slice, slice]]:
+    """Return the windows (rows, columns) that cover an image: see window_starts."""
+    h, w = size
+    height, width = window
+    if not 0 < height < h:
+        height = h
+    if not 0 < width < w:
+        width = w
+    windows = []
+    for top in window_starts(h, height, step):
+        for left in window_starts(w, width, step):
+            windows.append((slice(top, top + height), slice(left, left + width)))
+    return windows
 
 
 class Predictor:
-    """Predicts the classes of images with one network or several.
+    """Predict the classes of images with one network or several.
 
-    An image is seen at every scale, as it is and mirrored if wanted, whole or by
-    windows. Of each such view the padding, right and bottom with the mean (FACTS:
-    single scale), is cut off again; the probabilities are averaged over windows and
-    mirror images at the view's size, then over scales at the image's own.
+    Each image is resized to every scale, and flipped too if wanted, then predicted as a
+    whole or by sliding windows. Every input is padded right and bottom with the mean,
+    and the padding is cut off again. Probabilities are averaged over windows and flips
+    at the resized size, then over scales at the image's own size.
 
-    Every result has a first dimension v, the variants: the networks one after another,
-    and of each the numbers of iterations, if its unit was given several.
+    Every result has a first dimension v of variants: the networks one after another,
+    and for each network its numbers of EM iterations, if it has several.
 
     Args:
-        nets: Segmenters in evaluation mode; they are folded, so are of no other use.
+        nets: Segmenters in evaluation mode; their batch norms are fused in place.
         device: where to compute.
         precision: fp32, bf16 or fp16.
         scales: of the image's sides.
-        use_flip: see every view mirrored too, left to right.
-        window: (h, w) in pixels of sliding windows over the scaled image; 0 is all.
-        step: share of a window's side from one window to the next, at most.
-        batch: views of like size that are computed together, at most.
-        channels_last: memory order of the convolutions' tensors.
-        is_compiled: by torch.compile.
-        is_averaged: give the mean over all variants as the only one.
-        has_winograd: on CPUs, compute convolutions by fewer products where it pays.
+        use_flip: average with the prediction of the image flipped left to right.
+        window: (h, w) in pixels of sliding windows over the resized image; 0 is all.
+        step: distance between two windows, at most, as a share of the window's side.
+        batch: inputs of the same padded size computed together, at most.
+        channels_last: memory format of the convolutions.
+        is_compiled: use torch.compile.
+        is_averaged: return the mean over all variants as the only variant.
     """
 
     def __init__(self, nets: Sequence[nn.Module], device: torch.device | str = 'cpu',
                  precision: str = 'fp32', scales: Sequence[float] = (1.0,),
                  use_flip: bool = False, window: tuple[int, int] = (0, 0),
                  step: float = 2 / 3, batch: int = 1, channels_last: bool = True,
-                 is_compiled: bool = False, is_averaged: bool = False,
-                 has_winograd: bool = True):
-        has_winograd &= torch.device(device).type == 'cpu' and precision != 'fp16'
-        self.nets = [fold(net, precision, has_winograd).to(device) for net in nets]
+                 is_compiled: bool = False, is_averaged: bool = False):
+        self.nets = [fuse_batch_norms(net, precision).to(device) for net in nets]
         if channels_last:
             for net in self.nets:
                 net.to(memory_format=torch.channels_last)
-        self.runs = [torch.compile(net, dynamic=True) if is_compiled else net
-                     for net in self.nets]
+        self.forwards: list[Callable[[Tensor], Tensor]] = list(self.nets)
+        if is_compiled:
+            self.forwards = [torch.compile(net, dynamic=True) for net in self.nets]
         self.device, self.precision = torch.device(device), precision
         self.scales, self.use_flip = tuple(scales), use_flip
         self.window, self.step, self.batch = window, step, batch
@@ -275,10 +173,10 @@ class Predictor:
             For each image (v, classes, h, w) float32, sums to 1 over the classes.
         """
         with torch.inference_mode(), self.autocast():
-            found = [self.look(net, run, images)
-                     for net, run in zip(self.nets, self.runs, strict=True)]
-            return [self.average(torch.cat(variants))
-                    for variants in zip(*found, strict=True)]
+            probs = [self.predict_probs(net, forward, images)
+                     for net, forward in zip(self.nets, self.forwards, strict=True)]
+            return [self.average(torch.cat([probs_of_net[i] for probs_of_net in probs]))
+                    for i in range(len(images))]
 
     def predict_labels(self, images: list[Tensor]) -> list[Tensor]:
         """Return the most probable classes of images at their own sizes.
@@ -289,16 +187,18 @@ class Predictor:
         Returns:
             For each image (v, h, w) int64, on the predictor's device.
         """
-        is_plain = self.scales == (1.0,) and not self.use_flip and not (
-            self.is_averaged or any(self.window))
-        if not is_plain:
-            return [found.argmax(1) for found in self.predict(images)]
-        with torch.inference_mode(), self.autocast():  # logits will do
-            found = [self.score(net, run, [net.normalise(self.fetch(image)[None])
-                                           for image in images])
-                     for net, run in zip(self.nets, self.runs, strict=True)]
-            return [torch.cat([one.argmax(1) for one in variants])
-                    for variants in zip(*found, strict=True)]
+        needs_probs = (self.scales != (1.0,) or self.use_flip or self.is_averaged
+                       or any(self.window))
+        if needs_probs:
+            return [probs.argmax(1) for probs in self.predict(images)]
+        with torch.inference_mode(), self.autocast():
+            labels = [[] for _ in images]
+            for net, forward in zip(self.nets, self.forwards, strict=True):
+                views = [net.normalise(self.fetch(image)[None]) for image in images]
+                logits = self.forward_logits(net, forward, views)
+                for i in range(len(images)):
+                    labels[i].append(logits[i].argmax(1))
+            return [torch.cat(variants) for variants in labels]
 
     def predict_blocks(self, image: Tensor, n_pixels: int, margin: int
                        ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -306,16 +206,16 @@ class Predictor:
 
         Args:
             image: (3, h, w) uint8.
-            n_pixels: of a block, its margins included, at most (but no side of a block
-                is less than four margins).
+            n_pixels: in a block with its margins, at most (but no side of a block is
+                less than four margins).
             margin: pixels around a block that are predicted with it and not returned;
                 it is rounded up to the stride, and blocks begin at multiples of it, so
                 that at scale 1 the features lie where they lie in the whole image.
 
         Yields:
-            (rows, columns, probabilities): a place of the image, each pixel of it in
-            one block only, and (v, classes, rows, columns). An image of no more than
-            n_pixels is one block.
+            (rows, columns, probs): the place of a block, and its probabilities (v,
+            classes, rows, columns). Each pixel is in one block. An image of no more
+            than n_pixels is one block.
         """
         h, w = image.shape[1:]
         if h * w <= n_pixels:
@@ -323,86 +223,94 @@ class Predictor:
             return
         stride = max(net.stride for net in self.nets)
         margin = -(-margin // stride) * stride
-        least = 4 * margin
-        width = min(w, max(int(n_pixels ** 0.5), n_pixels // h, least))
-        height = min(h, max(n_pixels // width, least))
-        edges = [cut_blocks(h, height, margin, stride),
-                 cut_blocks(w, width, margin, stride)]
-        for top, bottom in edges[0]:
-            for left, right in edges[1]:
+        width = min(w, max(int(n_pixels ** 0.5), n_pixels // h, 4 * margin))
+        height = min(h, max(n_pixels // width, 4 * margin))
+        for top, bottom in split_side(h, height, margin, stride):
+            for left, right in split_side(w, width, margin, stride):
                 y, x = max(top - margin, 0), max(left - margin, 0)
-                part = image[:, y:bottom + margin, x:right + margin]
-                found = self.predict([part])[0]
+                block = image[:, y:bottom + margin, x:right + margin]
+                probs = self.predict([block])[0]
                 yield (slice(top, bottom), slice(left, right),
-                       found[..., top - y:bottom - y, left - x:right - x])
+                       probs[..., top - y:bottom - y, left - x:right - x])
+
+    def fetch(self, image: Tensor) -> Tensor:
+        """Copy an image to the device."""
+        return image.to(self.device, non_blocking=self.device.type == 'cuda')
 
     # -- one network -------------------------------------------------------------------
 
-    def fetch(self, image: Tensor) -> Tensor:
-        """Bring an image to the device."""
-        return image.to(self.device, non_blocking=self.device.type == 'cuda')
+    def predict_probs(self, net: nn.Module, forward: Callable, images: list[Tensor]
+                      ) -> list[Tensor]:
+        """Return (v, classes, h, w) probabilities of images, averaged over scales.
 
-    def look(self, net: nn.Module, run: nn.Module, images: list[Tensor]
-             ) -> list[Tensor]:
-        """Return (v, classes, h, w) probabilities of images by one network."""
-        whole = [net.normalise(self.fetch(image)[None]) for image in images]
-        plans = [list(Counter(scaled_size(image.shape[1:], scale)
-                              for scale in self.scales).items())
-                 for image in images]  # (size, times) each: small images repeat one
-        means, n_seen = [None] * len(images), [0] * len(images)
-        for turn in range(max(map(len, plans))):
-            todo = [i for i, plan in enumerate(plans) if turn < len(plan)]
-            found = self.look_once(net, run, [resize(whole[i], plans[i][turn][0])
-                                              for i in todo])
-            for i, new in zip(todo, found, strict=True):
-                new = resize(new, images[i].shape[1:])
-                n = plans[i][turn][1]
-                n_seen[i] += n
-                # this running mean is exact where all are equal
-                means[i] = new if turn == 0 else means[i].lerp_(new, n / n_seen[i])
+        Args:
+            net: one of `nets`.
+            forward: the network itself, or compiled.
+            images: (3, h, w) uint8 each.
+        """
+        inputs = [net.normalise(self.fetch(image)[None]) for image in images]
+        # (size, count) for each scale; scales of small images can give the same size
+        sizes = []
+        for image in images:
+            counts = Counter(scaled_size(image.shape[1:], s) for s in self.scales)
+            sizes.append(list(counts.items()))
+        means, n_added = [None] * len(images), [0] * len(images)
+        for k in range(max(map(len, sizes))):
+            indices = [i for i in range(len(images)) if k < len(sizes[i])]
+            views = [resize(inputs[i], sizes[i][k][0]) for i in indices]
+            probs = self.predict_view(net, forward, views)
+            for i, view_probs in zip(indices, probs, strict=True):
+                view_probs = resize(view_probs, images[i].shape[1:])
+                count = sizes[i][k][1]
+                n_added[i] += count
+                if k == 0:
+                    means[i] = view_probs
+                else:  # a running mean, exact where all are equal
+                    means[i].lerp_(view_probs, count / n_added[i])
         return means
 
-    def look_once(self, net: nn.Module, run: nn.Module, views: list[Tensor]
-                  ) -> list[Tensor]:
-        """Return the probabilities of views (1, 3, h, w) at their size, of windows and
-        mirror images averaged."""
-        windows = [cut_windows(view.shape[2:], self.window, self.step)
+    def predict_view(self, net: nn.Module, forward: Callable, views: list[Tensor]
+                     ) -> list[Tensor]:
+        """Return the probabilities (v, classes, h, w) of normalised views (1, 3, h, w),
+        averaged over windows and flips."""
+        windows = [make_windows(view.shape[2:], self.window, self.step)
                    for view in views]
-        if len(views) > 1 and max(map(len, windows)) > 1:  # each fills batches itself
-            return [self.look_once(net, run, [view])[0] for view in views]
-        parts = [view[:, :, rows, columns] for view, cuts in
-                 zip(views, windows, strict=True) for rows, columns in cuts]
-        if self.use_flip:
-            parts += [part.flip(3) for part in parts]
-        found = self.score(net, run, parts)
-        for i, part in enumerate(found):  # one by one: all of them are large
-            found[i] = part.softmax(1)
-        if self.use_flip:
-            half = len(found) // 2
-            found = [(a + b.flip(3)) / 2
-                     for a, b in zip(found[:half], found[half:], strict=True)]
-        found, results = iter(found), []
-        for view, cuts in zip(views, windows, strict=True):
-            if len(cuts) == 1:
-                results.append(next(found))
-                continue
-            some = [next(found) for _ in cuts]
-            total = some[0].new_zeros(*some[0].shape[:2], *view.shape[2:])
-            counts = total.new_zeros(view.shape[2:])
-            for (rows, columns), part in zip(cuts, some, strict=True):
-                total[:, :, rows, columns] += part
-                counts[rows, columns] += 1
-            results.append(total.div_(counts))
+        if len(views) > 1 and max(map(len, windows)) > 1:
+            # The windows of one view are enough to fill batches.
+            return [self.predict_view(net, forward, [view])[0] for view in views]
+        crops = []
+        for view, view_windows in zip(views, windows, strict=True):
+            crops += [view[:, :, rows, columns] for rows, columns in view_windows]
+        probs = self.predict_crops(net, forward, crops)
+        results, first = [], 0
+        for view, view_windows in zip(views, windows, strict=True):
+            last = first + len(view_windows)
+            results.append(average_windows(view.shape[2:], view_windows,
+                                           probs[first:last]))
+            first = last
         return results
 
-    def score(self, net: nn.Module, run: nn.Module, views: list[Tensor]
-              ) -> list[Tensor]:
+    def predict_crops(self, net: nn.Module, forward: Callable, crops: list[Tensor]
+                      ) -> list[Tensor]:
+        """Return the probabilities of crops (1, 3, h, w), averaged over flips."""
+        n = len(crops)
+        if self.use_flip:
+            crops = crops + [crop.flip(3) for crop in crops]
+        probs = self.forward_logits(net, forward, crops)
+        for i in range(len(probs)):  # one by one, because they are large
+            probs[i] = probs[i].softmax(1)
+        if not self.use_flip:
+            return probs
+        return [(probs[i] + probs[n + i].flip(3)) / 2 for i in range(n)]
+
+    def forward_logits(self, net: nn.Module, forward: Callable, views: list[Tensor]
+                       ) -> list[Tensor]:
         """Return the logits (v, classes, h, w) of normalised views (1, 3, h, w).
 
-        Views that are padded to the same size are computed together: each is what it
-        would be alone, because EM sees the padding.
+        Views of the same padded size are computed together. Views of different padded
+        sizes are not padded to a common one, because EM would see the padding.
         """
-        groups = {}
+        groups: dict[tuple[int, int], list[int]] = {}
         for i, view in enumerate(views):
             size = tuple(padded_size(n, net.stride, net.align_corners)
                          for n in view.shape[2:])
@@ -410,42 +318,70 @@ class Predictor:
         results: list[Tensor] = [None] * len(views)
         for (height, width), members in groups.items():
             for first in range(0, len(members), self.batch):
-                chosen = members[first:first + self.batch]
-                batch = torch.cat([
-                    F.pad(views[i], (0, width - views[i].shape[3],
-                                     0, height - views[i].shape[2])) for i in chosen])
-                logits = run(batch).unflatten(0, (-1, len(chosen)))
-                for j, i in enumerate(chosen):
+                indices = members[first:first + self.batch]
+                padded = []
+                for i in indices:
                     h, w = views[i].shape[2:]
-                    results[i] = logits[:, j, :, :h, :w]           # (v, classes, h, w)
+                    padded.append(F.pad(views[i], (0, width - w, 0, height - h)))
+                logits = forward(torch.cat(padded))       # (v * b, classes, H, W)
+                logits = logits.unflatten(0, (-1, len(indices)))
+                for j, i in enumerate(indices):
+                    h, w = views[i].shape[2:]
+                    results[i] = logits[:, j, :, :h, :w]  # (v, classes, h, w)
         return results
 
-    def average(self, found: Tensor) -> Tensor:
-        """Return (v, classes, h, w), or its mean over v where that is wanted."""
+    def average(self, probs: Tensor) -> Tensor:
+        """Return (v, classes, h, w), or its mean over v if the predictor averages."""
         if not self.is_averaged:
-            return found
-        mean = found[0]
-        for i, other in enumerate(found[1:], 2):
-            mean = mean.lerp(other, 1 / i)  # exact where all are equal
+            return probs
+        mean = probs[0]
+        for n, variant in enumerate(probs[1:], 2):
+            mean = mean.lerp(variant, 1 / n)  # exact where all are equal
         return mean[None]
 
 
+def average_windows(size: tuple[int, int], windows: list[tuple[slice, slice]],
+                    probs: list[Tensor]) -> Tensor:
+    """Return the mean over the windows that cover each pixel.
+
+    Args:
+        size: (h, w) of the result.
+        windows: (rows, columns) of each.
+        probs: of each, (v, classes, rows, columns).
+
+    Returns:
+        (v, classes, h, w).
+    """
+    if len(windows) == 1:
+        return probs[0]
+    total = probs[0].new_zeros(*probs[0].shape[:2], *size)
+    counts = total.new_zeros(size)
+    for (rows, columns), window_probs in zip(windows, probs, strict=True):
+        total[:, :, rows, columns] += window_probs
+        counts[rows, columns] += 1
+    return total.div_(counts)
+
+
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Interpolate (b, c, h, w) linearly to a size, pixel centres at halves as in
-    training; of its own size it stays itself."""
-    return x if x.shape[2:] == size else F.interpolate(x, size, mode='bilinear')
+    """Resize (b, c, h, w) bilinearly with half-pixel centres, as in training."""
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size, mode='bilinear')
 
 
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
-    """Return the sides of a scaled image, at least 1 pixel each."""
+    """Return the sides of a resized image, at least 1 pixel each."""
     return tuple(max(round(n * scale), 1) for n in size)
 
 
-def cut_blocks(size: int, block: int, margin: int, stride: int
+def split_side(size: int, block: int, margin: int, stride: int
                ) -> list[tuple[int, int]]:
-    """Return (first, last + 1) of the parts of a side, each at most `block` with its
-    margins, of about equal size, and beginning at multiples of the stride."""
-    most = (block - 2 * margin) // stride * stride
-    n = 1 if block >= size else -(-size // most)
+    """Split a side into parts (first, last + 1) of about equal size.
+
+    Each is at most `block` with its margins, and begins at a multiple of the stride.
+    """
+    n = 1
+    if block < size:
+        n = -(-size // ((block - 2 * margin) // stride * stride))
     step = -(-size // n // stride) * stride
     return [(first, min(first + step, size)) for first in range(0, size, step)]

@@ -1,8 +1,8 @@
-"""Every knob of a run, one literal a line; the defaults are the released EMANet recipe.
+"""Every setting of a run; the defaults are the released EMANet recipe.
 
 Change a line here, or override it: `python train.py N_LAYERS=50 STRIDE=16 LR=0.007`.
-Nothing but literals may stand in this file: int, float, bool, str or a flat tuple of
-them; 0 means off and '' means none or "the data set's own".
+This file holds literals only: int, float, bool, str or a flat tuple of them; 0 means
+off and '' means none or "the data set's own".
 """
 # -- the experiment
 RECIPE = ''                 # a name in recipes.py, applied over this file
@@ -13,12 +13,12 @@ RESUME = ''                 # 'force': go on although settings have changed
 # -- the data
 DATASET = 'voc'             # a name in DATASETS of recipes.py
 DATA_ROOT = ''              # folder; '' is the data set's own, below data/
-TRAIN_SPLIT = ''            # list to train on; '' is the data set's own (voc: trainaug)
-VAL_SPLIT = ''              # list to evaluate on; '' is the data set's own (voc: val)
+TRAIN_SPLIT = ''            # split to train on; '' is the data set's own (trainaug)
+VAL_SPLIT = ''              # split to evaluate on; '' is the data set's own (val)
 CROP_SIZE = 513             # pixels, height of a training crop
 CROP_WIDTH = 0              # pixels, its width; 0 is CROP_SIZE
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # one is drawn for each sample
-USE_FLIP = True             # mirror every other sample, left to right
+USE_FLIP = True             # flip every other sample, left to right
 MEAN = (0.485, 0.456, 0.406)  # of the pixels in 0..1, red green blue
 STD = (0.229, 0.224, 0.225)  # of the pixels likewise, the standard deviation
 
@@ -50,16 +50,16 @@ EM_UPDATE = 'moving_average'  # moving_average, back_propagation or never
 EM_GRADIENT = 'none'        # through the iterations: none, last or full
 EM_MOM = 0.9                # alpha, share of the old bases in the moving average
 EM_RENORM = False           # normalise the batch mean before it is averaged in
-EM_CONV1 = 'auto'           # fixed, trained, absent; auto trains it if gradient comes
+EM_CONV1 = 'auto'           # fixed, trained, absent; auto: trained if it has a gradient
 
 # -- the optimisation
 BATCH_SIZE = 16             # images of one step, over all ranks and ACCUMULATE
-ACCUMULATE = 1              # parts a batch is computed in, to save memory
+ACCUMULATE = 1              # parts that a batch is computed in: less memory
 ITER_MAX = 30000            # steps
 LR = 0.009                  # learning rate at the start
 LR_POWER = 0.9              # LR * (1 - step / ITER_MAX) ** LR_POWER
-LR_END = 0.0                # the rate falls from LR to this
-LR_EVERY = 10               # steps between refreshes of the rate
+LR_END = 0.0                # the learning rate falls from LR to this
+LR_EVERY = 10               # steps between refreshes of the learning rate
 LR_MOM = 0.9                # momentum of SGD
 BIAS_LR = 2.0               # times LR for every bias
 WEIGHT_DECAY = 1e-4         # on the convolutions' weights only
@@ -67,32 +67,29 @@ DECAY_ALL = False           # on batch norms and biases too
 LOSS_NORM = 'all'           # divide by all pixels of the batch, or by the valid ones
 CLASS_WEIGHTS = (1.0,)      # of the loss, one a class; a single one is for all
 OHEM_KEPT = 0.0             # learn this share of an image's pixels, the hardest; 0: all
-OHEM_BELOW = 0.0            # or those whose class is less probable than this; 0: all
+OHEM_BELOW = 0.0            # or those with a true-class probability below this; 0: all
 OHEM_MIN = 100000           # pixels of an image that OHEM keeps at least
 AUX_WEIGHT = 0.0            # of the loss of an FCN head on layer3; 0 is without
 CLIP_GRAD = 0.0             # largest norm of the gradient; 0 is off
 
-# -- the machine; what is computed stays, PRECISION and WINOGRAD change how exactly
+# -- the machine: affects speed and memory; PRECISION also changes rounding
 DEVICE = 'auto'             # auto, cpu, mps, cuda (all of them), cuda:1 or cuda:0,2
 RANKS = 0                   # processes that share the work; 0: one a GPU, or one
 PRECISION = 'auto'          # fp32, bf16, fp16; auto is bf16 where the device has it
 CHANNELS_LAST = True        # memory order of the convolutions' tensors
 COMPILE = False             # torch.compile the network
-WINOGRAD = True             # evaluate on CPUs by fewer products: 1.2 to 1.3x as fast
-RECOMPUTE = False           # the backbone's blocks for the backward pass: less memory
+RECOMPUTE = False           # activation checkpointing in the backbone: less memory
 N_WORKERS = 4               # loader processes; 0 loads in the main one
-CACHE = ''                  # file to pack the training pictures into; '' is off
 
 # -- the evaluation (see EVAL_STRIDE, EVAL_STAGE_NUM and VAL_SPLIT too)
-EVAL_MODE = 'single'        # single scale, multi (EVAL_SCALES) or wide (the other list)
-EVAL_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi, averaged
-EVAL_SCALES_WIDE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # of wide
-EVAL_FLIP = False           # see every image mirrored too, averaged
+EVAL_MODE = 'single'        # single scale, or multi: the mean over EVAL_SCALES
+EVAL_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+EVAL_FLIP = False           # average with the flipped image
 EVAL_WINDOW = (0,)          # pixels of sliding windows: height,width or one; 0: whole
 EVAL_STEP = 0.67            # of a window's side, from one window to the next at most
 EVAL_BATCH = 4              # images of like size, or windows, computed together
 EVAL_EVERY = 0              # steps between evaluations while training; 0 is off
-EVAL_IMAGES = 0             # evaluate the first N images of the list; 0 is all
+EVAL_IMAGES = 0             # evaluate the first N images of the split; 0 is all
 CHECKPOINT = ''             # file, or several with commas; '' is the last in LOG_DIR
 
 # -- the log and the checkpoints

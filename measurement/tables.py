@@ -1,78 +1,51 @@
-"""What measure.py found, as text: Markdown tables that read well on a console too."""
+"""What measure.py found, as Markdown tables that read well on a console too."""
+from collections.abc import Sequence
+
 import settings
-from measurement.manners import REFERENCE
+from measurement.implementations import RELEASED
 
 
-def align(lines: list[list[str]]) -> str:
-    """Return a Markdown table that reads well on a console too; the first line is its
-    head, columns but the first are set to the right, empty ones are left out."""
-    kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
-    widths = [max(len(line[i]) for line in lines) for i in kept]
-    lines = [[line[i] for i in kept] for line in lines]
-    lines.insert(1, ['-' * n if i == 0 else '-' * (n - 1) + ':'
-                     for i, n in enumerate(widths)])
-    return '\n'.join('| ' + ' | '.join(cell.ljust(n) if i == 0 else cell.rjust(n) for
-                                       i, (cell, n) in enumerate(zip(line, widths,
-                                                                     strict=True)))
-                     + ' |' for line in lines)
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right.
+
+    Columns without any text are left out.
+    """
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in kept]
+    rules = ['-' * widths[0]] + ['-' * (n - 1) + ':' for n in widths[1:]]
+    lines = [rules]
+    for row in (header, *rows):
+        cells = [row[i].rjust(n) for i, n in zip(kept, widths, strict=True)]
+        lines.append([row[0].ljust(widths[0]), *cells[1:]])
+    lines[:2] = [lines[1], rules]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def describe(part: str, found: dict) -> str:
+def describe(part: str, result: dict) -> str:
     """Return what was measured of a part as text: a table, or a sentence."""
-    if part == 'startup':
-        return (f'train.py begins its first step {found["first_step_s"]:.1f} s after '
-                f'its start; --help takes {found["help_s"]:.2f} s')
     if part == 'training':
-        low, high = map(show, found['range'])
-        return (f'train.py: {show(found["images_per_s"])} images/s ({low} .. {high}), '
-                f'{show(found["steps_per_s"])} steps/s of {found["batch"]}, '
-                f'{found["tflops"]:.3f} TFLOP/s, {found["waiting"]:.1%} of the time '
-                f'waiting for data; {settings.ITER_MAX} steps of {settings.BATCH_SIZE} '
-                f'would take {found["hours"]:.1f} hours')
-    lines = [[part, 'images/s (range)', 'x reference (range)', 'x torchvision (range)',
-              'memory: tensors', 'process', 'TFLOP/s', 'of peak']]
-    for name, row in found.items():
-        if name == 'agreement':
-            continue
-        twin = name.removesuffix(' compiled').replace('ours', 'torchvision')
-        lines.append([
-            name, '{} ({} .. {})'.format(*map(show, (row['images_per_s'],
-                                                     *row['range']))),
-            *(show_ratio(row['ratios'].get(other)) for other in (REFERENCE, twin)),
-            *(show_memory(found, name, kind) for kind in ('tensors', 'process')),
-            f'{row["tflops"]:.3f}' if 'tflops' in row else '',
-            f'{row["share_of_peak"]:.0%}' if 'share_of_peak' in row else ''])
-    agreement = (f'\n\nThe precisions name the same class at {found["agreement"]:.2%} '
-                 'of the pixels.') if 'agreement' in found else ''
-    return align(lines) + agreement
+        return ('train.py: {images_per_s:.3g} images/s ({range[0]:.3g} .. '
+                '{range[1]:.3g}) with batches of {batch}, {tflops:.3g} TFLOP/s, '
+                '{waiting:.1%} of the time waiting for data, {startup_s:.1f} s for '
+                'start and end; a run of {steps} steps of {run_batch} would take '
+                '{hours:.1f} hours').format(
+                    **result, steps=settings.ITER_MAX, run_batch=settings.BATCH_SIZE)
+    rows = []
+    for name, row in result.items():
+        cells = [name, format_range([row['images_per_s'], *row['range']]),
+                 format_range(row['ratios'].get(RELEASED)),
+                 format_range(row['ratios'].get('torchvision'))]
+        cells.append(f'{row["memory_GB"]:.2f} GB' if row.get('memory_GB') else '')
+        cells.append(f'{row["tflops"]:.3g}' if 'tflops' in row else '')
+        cells.append(f'{row["share_of_peak"]:.0%}' if 'tflops' in row else '')
+        rows.append(cells)
+    return format_table(
+        [part, 'images/s (range)', f'x {RELEASED} (range)', 'x torchvision (range)',
+         'peak memory', 'TFLOP/s', 'of the matrix product'], rows)
 
 
-def show(number: float) -> str:
-    """Return three digits of a number, all of those before the point."""
-    return f'{number:.0f}' if number >= 100 else f'{number:.3g}'
-
-
-def show_memory(found: dict, name: str, kind: str) -> str:
-    """Return GB of a manner and its share of the reference's, where it was measured."""
-    taken, least = (found.get(other, {}).get('GB', {}).get(kind, 0)
-                    for other in (name, REFERENCE))
-    if not taken:
+def format_range(numbers: list[float] | None) -> str:
+    """Return (median, least, most) as text; '' for None."""
+    if numbers is None:
         return ''
-    is_shown = least and name != REFERENCE
-    return f'{taken:.2f} GB' + (f' ({taken / least:.2f})' if is_shown else '')
-
-
-def show_ratio(ratio: list[float] | None) -> str:
-    """Return (median, least, most) as text, nothing where there is none."""
-    return '{:.2f} ({:.2f} .. {:.2f})'.format(*ratio) if ratio else ''
-
-
-def describe_profile(part: str, found: dict, n: int = 10) -> str:
-    """Return the costliest kinds of operation as a table."""
-    lines = [[f'{part}, kind of operation', 'share', 'ms', 'calls']]
-    for kind in found['kinds'][:n]:
-        lines.append([kind['kind'], f'{kind["share"]:.1%}', f'{kind["ms"]:.2f}',
-                      f'{kind["calls"]:g}'])
-    rest = sum(kind['ms'] for kind in found['kinds'][n:])
-    lines.append(['the rest', f'{rest / found["ms"]:.1%}', f'{rest:.2f}', ''])
-    return align(lines)
+    return '{:.3g} ({:.3g} .. {:.3g})'.format(*numbers)

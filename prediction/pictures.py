@@ -1,13 +1,11 @@
-"""The pictures that a command line names: found, named apart, read.
+"""The pictures that a command line names: finding, naming and reading them.
 
     python predict.py a.jpg photos 'more/**/*.png'
 """
 import contextlib
 import glob
 import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,186 +13,156 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import dataset
-import drawing
+from config import UserError
 
-# What is written, as FOLDER/NAME.suffix; the mask is last and stands for all of them.
-KINDS = {'overlays': '.jpg', 'probabilities': '.npz', 'responsibilities': '.npz',
-         'masks': '.png'}
-NOT_READ = {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # Pillow knows their names, no more
-MOST_PIXELS = 10 ** 9        # of a picture
+# Results are FOLDER/NAME.suffix below --out.
+SUFFIXES = {'masks': '.png', 'overlays': '.jpg', 'probabilities': '.npz',
+            'responsibilities': '.npz'}
+OVERVIEW = 'responsibilities.png'            # below --out, of several pictures
+NOT_READ = {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # formats that Pillow only recognises
+MAX_PIXELS = 10 ** 9                         # of a picture
+
+
+class PictureError(UserError):
+    """What is wrong with one picture, in a sentence without its path."""
 
 
 class Picture(NamedTuple):
-    """A picture that was asked for."""
-    path: str                  # as it was given or found
-    name: str                  # of its results, below each folder of KINDS
-    lacks: tuple[str, ...]     # of KINDS, what is to be computed
+    """A picture to predict."""
+    path: str                   # as it was given or found
+    name: str                   # of its results, below each folder of SUFFIXES
+    missing: list[str]          # folders of SUFFIXES that lack a result of it
 
 
-class Failure(NamedTuple):
-    path: str
-    sentence: str
+# -- finding and naming ----------------------------------------------------------------
 
-
-def find_files(words: list[str], out: str) -> tuple[dict[str, str], list[Failure]]:
-    """Find the pictures that words name: files, folders, patterns.
+def find_files(words: list[str], out: str
+               ) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Find the pictures that words of the command line name.
 
     Args:
-        words: of the command line.
+        words: files, folders and patterns; folders are searched below.
         out: folder of the results, which are never taken for pictures.
 
     Returns:
-        (files, failures): of each file the folder that its results' names are relative
-        to, each file once; and the words that name nothing.
+        (files, failures): of each picture the folder that the name of its results is
+        relative to; and (word, message) of each word that names no picture.
     """
-    files, seen, failures = {}, set(), []
-    usable = {suffix for suffix, kind in Image.registered_extensions().items()
-              if kind in Image.OPEN and kind not in NOT_READ}
+    files, failures, seen = {}, [], set()
     for word in words:
         if os.path.isfile(word):
-            found, base = [word], os.path.dirname(os.path.abspath(word))
+            paths, base = [word], os.path.dirname(word) or '.'
         elif os.path.isdir(word):
-            found, base = search(word, word, out, usable, failures), word
-        elif glob.has_magic(word):
-            fixed = []
-            for part in Path(word).parts:
-                if glob.has_magic(part):
-                    break
-                fixed.append(part)
-            base, found, own = os.path.join('.', *fixed), [], own_places(out, '.')
-            for match in sorted(glob.glob(word, recursive=True)):
-                if os.path.isdir(match):
-                    found += search(match, base, out, usable, failures)
-                elif suffix_of(match) in usable and not is_within(match, own):
-                    found.append(match)
+            paths, base = search(word, failures), word
         else:
-            hint = '; settings are NAME=VALUE in capitals' if '=' in word else ''
-            failures.append(Failure(word, f'there is no such file or folder{hint}'))
-            continue
-        if not found:
-            failures.append(Failure(word, 'no picture was found there'))
-        for path in found:
+            paths, base = match(word, failures)
+        paths = [path for path in paths if not is_result(path, out)]
+        if not paths:
+            failures.append((word, f'no picture is there, other than results in {out}'))
+        for path in paths:
             if os.path.abspath(path) not in seen:
                 seen.add(os.path.abspath(path))
                 files[path] = base
     return files, failures
 
 
-def search(folder: str, base: str, out: str, usable: set[str], failures: list[Failure]
-           ) -> list[str]:
-    """Return the pictures below a folder, sorted; nothing hidden, no results."""
-    found, own = [], own_places(out, base)
-
+def search(folder: str, failures: list[tuple[str, str]]) -> list[str]:
+    """Return the pictures below a folder, sorted; note folders that cannot be read."""
     def note(error):
-        failures.append(Failure(error.filename, f'cannot be read ({error.strerror})'))
+        failures.append((error.filename, f'it cannot be read ({error.strerror})'))
 
-    for where, folders, names in os.walk(folder, onerror=note):
-        folders[:] = sorted(name for name in folders if not name.startswith('.')
-                            and not is_within(os.path.join(where, name), own))
-        found += [os.path.join(where, name) for name in sorted(names)
-                  if not name.startswith('.') and suffix_of(name) in usable
-                  and not is_within(os.path.join(where, name), own)]
-    return found
-
-
-def suffix_of(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
+    paths = []
+    for parent, folders, names in os.walk(folder, onerror=note):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        paths += [os.path.join(parent, name) for name in sorted(names)
+                  if not name.startswith('.') and is_picture(name)]
+    return paths
 
 
-def own_places(out: str, base: str) -> list[str]:
-    """Return what is left out of a search: DIR, or its parts where base lies in it."""
-    own = os.path.realpath(out)
-    if not is_within(base, [own]):
-        return [own]
-    return [os.path.join(own, name) for name in (*KINDS, 'responsibilities.png')]
+def match(pattern: str, failures: list[tuple[str, str]]) -> tuple[list[str], str]:
+    """Return the pictures that match a pattern, or lie in folders that match it, and
+    the folder before its first wildcard."""
+    paths = []
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        if os.path.isdir(path):
+            paths += search(path, failures)
+        elif is_picture(path):
+            paths.append(path)
+    base = Path(pattern)
+    while glob.has_magic(str(base)):
+        base = base.parent
+    return paths, str(base)
 
 
-def is_within(path: str, places: list[str]) -> bool:
+def is_picture(path: str) -> bool:
+    """Return whether a file's suffix is one of a format that Pillow reads."""
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    return kind in Image.OPEN and kind not in NOT_READ
+
+
+def is_result(path: str, out: str) -> bool:
+    """Return whether a path is where results are written."""
     path = os.path.realpath(path)
-    return any(path == place or path.startswith(place.rstrip(os.sep) + os.sep)
-               for place in places)
+    folders = tuple(os.path.realpath(os.path.join(out, name)) + os.sep
+                    for name in SUFFIXES)
+    is_overview = path == os.path.realpath(os.path.join(out, OVERVIEW))
+    return is_overview or path.startswith(folders)
 
 
-def as_text(path: str) -> str:
-    """Return a file's whole path as text that any file can hold."""
-    return encodable(os.path.abspath(path))
+def name_results(files: dict[str, str]) -> dict[str, str]:
+    """Name the results of each picture, relative to the folders of the results.
+
+    The name is the path below the picture's folder without the suffix. Pictures that
+    would share a name keep the suffix, as a.jpg and a.png. Those that still would, as
+    x/a.jpg and y/a.jpg, are named by their paths below the root of the file system.
+
+    Args:
+        files: path and folder of each picture: see find_files.
+    """
+    below, names = {}, {}
+    for path, base in files.items():
+        relative = Path(os.path.relpath(path, base))
+        below[path] = relative.name if '..' in relative.parts else relative.as_posix()
+        names[path] = os.path.splitext(below[path])[0]
+    whole = {path: '/'.join(Path(os.path.abspath(path)).parts[1:]) for path in files}
+    for longer in (below, whole):
+        # a.png and A.png are one file on some systems
+        counts = Counter(name.casefold() for name in names.values())
+        for path, name in names.items():
+            if counts[name.casefold()] > 1:
+                names[path] = longer[path]
+    if len(set(names.values())) < len(names):
+        raise UserError('two pictures have the same name: give them to different --out')
+    return names
 
 
-def encodable(text: str) -> str:
-    return text.encode('utf-8', 'backslashreplace').decode()
+# -- reading ---------------------------------------------------------------------------
 
-
-def candidates(path: str, base: str) -> list[str]:
-    """Return names for a picture's results: that of the file without its suffix, with
-    it, with one folder more, and so on up to the whole path."""
-    parts = Path(os.path.abspath(path)).parts[1:]
-    n = max(len(parts) - len(Path(os.path.abspath(base)).parts[1:]), 1)
-    names = ['/'.join(parts[-i:]) for i in range(n, len(parts) + 1)]
-    return [os.path.splitext(names[0])[0], *names]
-
-
-def read_picture(path: str, most: int) -> np.ndarray | None:
-    """Decode a picture, turned upright as its EXIF data say.
+def read_picture(path: str, max_pixels: int) -> np.ndarray | None:
+    """Decode a picture, rotated as its EXIF data say.
 
     Args:
         path: of the file.
-        most: pixels; a larger picture is left for later.
+        max_pixels: a larger picture is not decoded.
 
     Returns:
         (h, w, 3) uint8; None for a larger picture.
 
     Raises:
-        ValueError: in a sentence without the path.
+        PictureError: if it cannot be decoded, or has more than MAX_PIXELS.
     """
-    if not os.path.isfile(path):
-        raise ValueError('it is not there or no file')
-    if not os.path.getsize(path):
-        raise ValueError('the file is empty: get it again')
     try:
         with Image.open(path) as picture:
             w, h = picture.size
-            is_too_large = w * h > MOST_PIXELS
-            if w * h > most or is_too_large:
-                image = None
-            else:
+            if w * h <= min(max_pixels, MAX_PIXELS):
                 picture.load()
-                with contextlib.suppress(Exception):  # broken EXIF data turn nothing
+                with contextlib.suppress(Exception):  # damaged EXIF data are ignored
                     ImageOps.exif_transpose(picture, in_place=True)
-                image = dataset.as_rgb(picture)
-    except Image.UnidentifiedImageError:
-        with open(path, 'rb') as f:
-            begin = f.read(16)
-        raise ValueError(f'it is no picture that Pillow knows (begins with {begin!r})'
-                         ) from None
-    except MemoryError:
-        raise ValueError('the memory does not hold it') from None
+                return dataset.as_rgb(picture)
     except Exception as error:  # damage can raise anything deep inside Pillow
-        raise ValueError(f'it cannot be decoded ({error}): get it again') from None
-    if is_too_large:
-        raise ValueError(f'it has {w}x{h} pixels: at most {MOST_PIXELS} are expected, '
-                         'cut it into pieces')
-    return image
-
-
-def read_ahead(pictures: list[Picture], pool: ThreadPoolExecutor, most: int,
-               n: int = 4) -> Iterator[tuple[Picture, Future]]:
-    """Decode the next n pictures of up to `most` pixels while one is computed."""
-    rest, queue = iter(pictures), deque()
-    while True:
-        while len(queue) < n and (picture := next(rest, None)):
-            queue.append((picture, pool.submit(read_picture, picture.path, most)))
-        if not queue:
-            return
-        yield queue.popleft()
-
-
-def shrink(n_pixels: int, image: np.ndarray, *labels: np.ndarray) -> list[np.ndarray]:
-    """Reduce a picture and its labels to so many pixels, where they have more."""
-    h, w = image.shape[:2]
-    scale = min((n_pixels / (h * w)) ** 0.5, n_pixels ** 0.5 * 8 / max(h, w))
-    if scale >= 1:
-        return [image, *labels]
-    size, step = (max(int(w * scale), 1), max(int(h * scale), 1)), int(1 / scale)
-    strips = [np.asarray(Image.fromarray(image[y:y + 64 * step]).reduce(step))
-              for y in range(0, h, 64 * step)]  # no copy of all of it
-    return drawing.resize(Image.fromarray(np.concatenate(strips)), size, *labels)
+        raise PictureError(f'it cannot be decoded ({type(error).__name__}: {error})'
+                           ) from None
+    if w * h > MAX_PIXELS:
+        raise PictureError(f'it has {w}x{h} pixels: at most {MAX_PIXELS} are expected, '
+                           'cut it into pieces')
+    return None

@@ -1,25 +1,23 @@
 """Draw "shapes", the embedded data set: small scenes of things on a shore.
 
-Owns its pictures, labels and names of classes, and writes them as PASCAL VOC does.
-Nothing is downloaded: a picture is a pure function of (seed, index).
-
-A scene is sand beside a lake, or sand beside a meadow. The bird of a lake is a duck,
-the bird of a meadow is a goose, and one piece of code draws both. As they like to
-stand on the sand, a network has to look further to tell which it is.
-
     python prepare.py shapes
-"""
 
-import os
-from collections.abc import Callable, Iterable
+Nothing is downloaded: a picture is a function of (seed, index). A scene is sand beside
+a lake, or sand beside a meadow. The bird of a lake is a duck, the bird of a meadow is a
+goose, and the same code draws both. They often stand on the sand, so a network has to
+use the context to tell which it is.
+"""
+import functools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-CLASSES = ('background', 'balloon', 'house', 'mushroom', 'parasol', 'pumpkin', 'star',
-           'tree', 'duck', 'goose')
-VOID = 255  # the label of the border around every object, 2 pixels wide
+import recipes
+from dataset import IGNORED
+from preparation.files import run_parallel, save_picture, write_lists
+
+CLASSES = recipes.DATASETS['shapes']['classes']
 
 
 # Objects: each paints its outline, colours and texture on a board of 200 x 200 pixels.
@@ -207,18 +205,11 @@ def _lit(rng, image, canvas, slope):
 
 
 def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one scene.
-
-    Args:
-        seed: the data set, 0 or more.
-        index: the picture of that data set, 0 or more.
+    """Draw picture `index` of the data set `seed`.
 
     Returns:
         The image (h, w, 3) uint8 RGB and its labels (h, w) uint8: positions in
-        CLASSES, or VOID. h is 144..176 and w 176..208 pixels.
-
-    Raises:
-        ValueError: if the seed or the index is negative.
+        CLASSES, or 255. h is 144..176 and w 176..208 pixels.
     """
     rng = np.random.default_rng((seed, index))
     h, w = int(rng.integers(144, 177)), int(rng.integers(176, 209))
@@ -243,10 +234,9 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         names.append(name)
         areas.append((sprite[..., 3] > .5).sum())
     labels = np.array(names, np.uint8)[things]
-    for axis in (0, 1):  # one pixel either side of every outline
-        a, b = (labels, things) if axis == 0 else (labels.T, things.T)
+    for a, b in ((labels, things), (labels.T, things.T)):  # either side of an outline
         edge = b[1:] != b[:-1]
-        a[1:][edge] = a[:-1][edge] = VOID
+        a[1:][edge] = a[:-1][edge] = IGNORED
     return _photograph(rng, image), labels
 
 
@@ -265,57 +255,29 @@ def _photograph(rng, image):
 
 # Files
 
-def _save(path, content, **options):
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    if isinstance(content, str):
-        part.write_text(content)
-    else:
-        content.save(part, **options)
-    os.replace(part, path)
-
-
-def write(root: str | Path, n_train: int = 400, n_val: int = 100, seed: int = 0,
-          palette: bytes | tuple[int, ...] | str = '',
-          progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:
-    """Write the data set in the layout of PASCAL VOC.
-
-    Pictures and labels that are there already are kept, so an interrupted run can be
-    repeated; for another seed use another root. The lists are written last.
+def write(root: Path, n_train: int = 400, n_val: int = 100, seed: int = 0) -> None:
+    """Write the data set in the layout of PASCAL VOC; pictures that exist are kept.
 
     Args:
-        root: the folder, made if needed, of JPEGImages/<id>.jpg,
-            SegmentationClass/<id>.png and ImageSets/Segmentation/<split>.txt for the
-            splits train, val and trainval.
+        root: folder of JPEGImages, SegmentationClass and ImageSets/Segmentation.
         n_train: pictures 1..n_train are for training.
         n_val: the next n_val pictures are for validation.
-        seed: the data set, 0 or more.
-        palette: 768 numbers 0..255, RGB of the labels 0..255; '' is shades of grey.
-        progress: what the list of ids passes through while it is worked off.
-
-    Raises:
-        ValueError: if the palette has another length.
+        seed: the data set, 0 or more. For another seed use another root.
     """
-    palette = bytes(palette or [shade for shade in range(256) for _ in range(3)])
-    if len(palette) != 768:
-        raise ValueError(f'the palette has {len(palette)} numbers, expected 768: give '
-                         'RGB of all 256 labels')
-    root = Path(root)
-    for folder in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'):
+    for folder in ('JPEGImages', 'SegmentationClass'):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    ids = [f'shapes_{i:05d}' for i in range(1, n_train + n_val + 1)]
-    for name in progress(ids):
-        jpg = root / 'JPEGImages' / f'{name}.jpg'
-        png = root / 'SegmentationClass' / f'{name}.png'
-        if jpg.exists() and png.exists():
-            continue
-        image, labels = draw(seed, int(name.removeprefix('shapes_')))
-        if not jpg.exists():
-            _save(jpg, Image.fromarray(image), format='JPEG', quality=90)
-        if not png.exists():
-            labels = Image.fromarray(labels)
-            labels.putpalette(palette)  # the mode becomes P
-            _save(png, labels, format='PNG')
-    splits = {'train': ids[:n_train], 'val': ids[n_train:], 'trainval': ids}
-    for split, part in splits.items():
-        path = root / 'ImageSets/Segmentation' / f'{split}.txt'
-        _save(path, ''.join(f'{name}\n' for name in part))
+    ids = [f'shapes_{index:05d}' for index in range(1, n_train + n_val + 1)]
+    run_parallel(functools.partial(_write_scene, root, seed), ids, 'drawing', 'picture')
+    write_lists(root, {'train': ids[:n_train], 'val': ids[n_train:], 'trainval': ids})
+
+
+def _write_scene(root, seed, name):
+    jpg = root / 'JPEGImages' / f'{name}.jpg'
+    png = root / 'SegmentationClass' / f'{name}.png'
+    if jpg.exists() and png.exists():
+        return
+    image, labels = draw(seed, int(name.removeprefix('shapes_')))
+    save_picture(Image.fromarray(image), jpg, format='JPEG', quality=90)
+    mask = Image.fromarray(labels)
+    mask.putpalette(recipes.DATASETS['shapes']['palette'])
+    save_picture(mask, png, format='PNG')

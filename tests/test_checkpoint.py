@@ -1,16 +1,23 @@
-"""Checkpoints: whole or refused, nothing executed, the released format read."""
+"""Checkpoints: read whole or refused, nothing in them executed, of every head."""
 import os
 import pickle
 import re
 import zipfile
 
+import numpy as np
 import pytest
+import test_inference
 import torch
+from PIL import Image
+from test_eval import evaluate, read_json, refuses
 
 import checkpoint
+import config
+import inference
 import network
-import runtime
+import predict
 import settings
+from config import UserError
 
 
 def make(step=7):
@@ -34,8 +41,8 @@ def test_round_trip(tmp_path):
     path = tmp_path / 'latest.pth'
     for content in (make(), make(8)):  # the second over the first
         checkpoint.save(content, path)
-        # what it does not record was as it was before there was a setting for it
-        content['settings'] = {**checkpoint.BEFORE, **content['settings']}
+        # settings that it does not record have their legacy defaults
+        content['settings'] = {**checkpoint.LEGACY_DEFAULTS, **content['settings']}
         assert same(checkpoint.load(str(path)), content)
     assert os.listdir(tmp_path) == ['latest.pth']
 
@@ -52,7 +59,7 @@ def test_a_failing_write_leaves_the_old_file(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(UserError) as caught:
         checkpoint.save(make(8), path)
     for part in (str(path), str(error), 'the last checkpoint is as it was'):
         assert part in str(caught.value)
@@ -71,7 +78,7 @@ def test_the_new_file_takes_its_name_when_it_is_on_the_disk(tmp_path, monkeypatc
 
 
 def test_no_folder_is_a_sentence(tmp_path):
-    with pytest.raises(OSError, match='could not write .*nowhere'):
+    with pytest.raises(UserError, match='could not write .*nowhere'):
         checkpoint.save(make(), tmp_path / 'nowhere' / 'a.pth')
 
 
@@ -89,16 +96,16 @@ def test_remove_old(keep, left, tmp_path):
 
 # -- reading ---------------------------------------------------------------------------
 
-def refuse(path, message, kind=ValueError):
-    with pytest.raises(kind, match=message) as caught:
+def refuse(path, message):
+    with pytest.raises(UserError, match=message) as caught:
         checkpoint.load(path)
     assert str(path) in str(caught.value) and '\n' not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_missing_file(tmp_path):
-    refuse(tmp_path / 'no.pth', 'there is no checkpoint', FileNotFoundError)
-    refuse(tmp_path, 'there is no checkpoint', FileNotFoundError)
+    refuse(tmp_path / 'no.pth', 'there is no checkpoint')
+    refuse(tmp_path, 'there is no checkpoint')
 
 
 @pytest.mark.parametrize('share', [0, 0.01, 0.5, 0.99, 0.9999])
@@ -115,13 +122,13 @@ def test_a_flipped_bit(tmp_path):
     checkpoint.save(make(), path)
     data = bytearray(path.read_bytes())
     tensor = make()['net']['w'].numpy().tobytes()
-    place = data.find(tensor)
-    assert place > 0
-    data[place + len(tensor) // 2] ^= 4
+    start = data.find(tensor)
+    assert start > 0
+    data[start + len(tensor) // 2] ^= 4
     path.write_bytes(data)
     assert zipfile.is_zipfile(path)
-    found = torch.load(path, weights_only=True)['net']['w']  # torch does not notice
-    assert (found != make()['net']['w']).sum() == 1
+    loaded = torch.load(path, weights_only=True)['net']['w']  # torch does not notice
+    assert (loaded != make()['net']['w']).sum() == 1
     refuse(path, 'is damaged')
 
 
@@ -153,18 +160,18 @@ def test_code_in_a_file_is_not_run(form, where, tmp_path):
         torch.save(content, path, _use_new_zipfile_serialization=form == 'zip')
     refuse(path, 'could run code|is damaged')
     assert not trace.exists()
-    if form == 'pickle':  # it is a file that would have
+    if form == 'pickle':  # an ordinary load does run it
         pickle.loads(path.read_bytes())
         assert trace.exists()
 
 
-@pytest.mark.parametrize('content, found', [
+@pytest.mark.parametrize('content, what', [
     ({'state_dict': {}, 'meta': 1}, 'state_dict, meta'), ([1, 2], 'list'),
     ({'net': [1]}, 'net'), (torch.zeros(2), 'Tensor'), ({}, '.*empty.*')])
-def test_what_is_no_checkpoint(content, found, tmp_path):
+def test_other_files_are_refused(content, what, tmp_path):
     torch.save(content, tmp_path / 'a.pth')
     message = refuse(tmp_path / 'a.pth', 'is no EMANet checkpoint')
-    assert re.search(f'found {found}$', message)
+    assert re.search(f'found {what}$', message)
 
 
 def test_absent_parts_are_empty(tmp_path):
@@ -181,7 +188,7 @@ def test_load_newest(tmp_path):
     assert checkpoint.load_newest(tmp_path / 'nowhere') == (None, None, [])
     for step in (9, 10):
         checkpoint.save(make(step), tmp_path / f'step_{step}.pth')
-    checkpoint.save(make(99), tmp_path / 'final.pth')  # nothing to go on from
+    checkpoint.save(make(99), tmp_path / 'final.pth')  # a run does not resume from it
     content, path, warnings = checkpoint.load_newest(tmp_path)
     assert content['step'] == 10 and path.name == 'step_10.pth' and not warnings
     checkpoint.save(make(11), tmp_path / 'latest.pth')
@@ -201,10 +208,10 @@ def test_load_newest_falls_back_and_says_so(tmp_path):
     assert re.search('step_100.pth is damaged', warnings[1])
 
 
-def test_load_newest_refuses_where_none_is_sound(tmp_path):
+def test_load_newest_without_a_sound_one(tmp_path):
     for name in ('latest.pth', 'step_5.pth'):
         (tmp_path / name).write_bytes(b'half')
-    with pytest.raises(ValueError, match='none of the 2 checkpoints') as caught:
+    with pytest.raises(UserError, match='none of the 2 checkpoints') as caught:
         checkpoint.load_newest(tmp_path)
     assert 'latest.pth' in str(caught.value) and 'clean.sh' in str(caught.value)
 
@@ -233,11 +240,11 @@ def test_load_net_names_what_differs():
         net, state = linear(), linear().state_dict()
         before = {k: v.clone() for k, v in net.state_dict().items()}
         change(state)
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(UserError) as caught:
             checkpoint.load_net(net, state, 'logdir/a.pth')
         for part in ['logdir/a.pth is of another architecture', *parts]:
             assert part in str(caught.value)
-        assert same(net.state_dict(), before)  # nothing is loaded by half
+        assert same(net.state_dict(), before)  # nothing is loaded
 
 
 def test_load_net_keeps_the_counters_that_a_file_lacks():
@@ -249,91 +256,107 @@ def test_load_net_keeps_the_counters_that_a_file_lacks():
     assert torch.equal(net[0].weight, state['0.weight'])
 
 
-def test_adopt_architecture():
+def test_use_checkpoint_architecture():
     settings.N_LAYERS, settings.STEM, settings.LR = 101, 'auto', 0.009
     settings.N_BASES = 64
-    lines = checkpoint.adopt_architecture({
+    lines = checkpoint.use_checkpoint_architecture({
         'N_LAYERS': 18, 'STEM': 'deep', 'N_BASES': 64, 'LR': 1.0, 'GONE': 3})
     assert len(lines) == 1
     assert re.fullmatch('N_LAYERS = 18 .* the checkpoint, not 101', lines[0])
     assert (settings.N_LAYERS, settings.STEM, settings.LR) == (18, 'deep', 0.009)
     assert not hasattr(settings, 'GONE')
-    lines = checkpoint.adopt_architecture({'STEM': 'plain'})
+    lines = checkpoint.use_checkpoint_architecture({'STEM': 'plain'})
     assert len(lines) == 1
     assert re.fullmatch("STEM = '?plain'? .* the checkpoint, not '?deep'?", lines[0])
-    assert checkpoint.adopt_architecture({'STEM': 'plain'}) == []
+    assert checkpoint.use_checkpoint_architecture({'STEM': 'plain'}) == []
 
 
 def test_architecture_names_are_settings():
-    assert set(checkpoint.ARCHITECTURE) <= set(runtime.snapshot())
+    assert set(checkpoint.ARCHITECTURE) <= set(config.snapshot())
 
 
-# -- the released format ---------------------------------------------------------------
+# -- of every head ---------------------------------------------------------------------
 
-PLACES = {'backbone.conv1': 'extractor.0', 'backbone.bn1': 'extractor.1',
-          'backbone.layer1': 'extractor.4', 'backbone.layer2': 'extractor.5',
-          'backbone.layer3': 'extractor.6', 'backbone.layer4': 'extractor.7',
-          'head.fc0': 'fc0', 'head.emau': 'emau', 'head.fc1': 'fc1.0',
-          'head.fc2': 'fc2'}
+HEADS = ('ema', 'ema_mmseg', 'fcn', 'deeplabv3', 'deeplabv3plus', 'psanet', 'nonlocal',
+         'a2')
 
 
-def as_released(state):
-    """Our keys in the released code's names, by FACTS section 5."""
-    renamed = {}
-    for key, value in state.items():
-        place = next(p for p in PLACES if key.startswith(p + '.'))
-        renamed[PLACES[place] + key[len(place):]] = value
-    return renamed
+def make_net(head, n_classes=21, **values):
+    """A small network in evaluation mode, and its settings."""
+    return test_inference.make_net(n_classes, **{**dict(
+        N_LAYERS=18, STEM='plain', HEAD=head, PSA_GRID=(3, 3), STRIDE=16,
+        FC1_CHANNELS=16, ALIGN_CORNERS=head != 'ema_mmseg'), **values})
 
 
-def build(device='meta', **values):
-    for name, value in values.items():
-        setattr(settings, name, value)
-    with torch.device(device):
-        return network.build(5)
+def forget_architecture(default):
+    """Set the architecture to that of settings.py."""
+    for name in checkpoint.ARCHITECTURE:
+        setattr(settings, name, default[name])
 
 
-@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-@pytest.mark.parametrize('stem', ['deep', 'plain'])
-@pytest.mark.parametrize('fc1', [0, 24])
-def test_released_architecture_is_read_off_the_shapes(depth, stem, fc1):
-    choice = dict(N_LAYERS=depth, STEM=stem, HEAD_CHANNELS=32, FC1_CHANNELS=fc1,
-                  N_BASES=6, HEAD='ema')
-    state = build(**choice).state_dict()
-    released = as_released(state)
-    assert 'extractor.5.0.downsample.0.weight' in released and 'emau.mu' in released
-    assert ('fc1.0.conv.weight' in released) == bool(fc1)
-    renamed, found = checkpoint.convert_released(released, 'x.pth')
-    unit = dict(MULTI_GRID=(1, 2, 4), STAGE_NUM=3, EM_LAMBDA=1.0, EM_KERNEL='exp_dot',
-                EM_NORM='l2', EM_GRADIENT='none', EM_UPDATE='moving_average',
-                EM_CONV1='auto', AUX_WEIGHT=0.0)  # what the released code does
-    assert found == {**choice, **unit}
-    assert list(renamed) == list(state)
-    assert all(renamed[key] is state[key] for key in state)
+def load_built(path):
+    """Load a checkpoint into the network that its settings describe."""
+    content = checkpoint.load(path)
+    checkpoint.use_checkpoint_architecture(content['settings'])
+    net = network.build(checkpoint.count_classes(content['net']), is_eval=True)
+    checkpoint.load_net(net, content['net'], path)
+    return net, content
 
 
-def test_a_released_file_loads(tmp_path):
-    net = build('cpu', N_LAYERS=18, STEM='deep', HEAD_CHANNELS=8, FC1_CHANNELS=0,
-                N_BASES=3)
-    released = as_released(net.state_dict())
-    old = {k: v for k, v in released.items() if not k.endswith('num_batches_tracked')}
-    assert len(released) - len(old) == 25  # of PyTorch before 0.4.1
-    torch.save({'net': old, 'step': 30000}, tmp_path / 'final.pth')
-    settings.N_LAYERS, settings.HEAD_CHANNELS, settings.N_BASES = 101, 512, 64
-    settings.FC1_CHANNELS = 256
-    content = checkpoint.load(tmp_path / 'final.pth')
-    assert content['step'] == 30000 and checkpoint.n_classes_of(content['net']) == 5
-    lines = checkpoint.adopt_architecture(content['settings'])
-    assert len(lines) == 4
-    fresh = network.build(5)
-    assert not torch.equal(fresh.head.emau.mu, net.head.emau.mu)
-    checkpoint.load_net(fresh, content['net'], 'final.pth')
-    assert same(fresh.state_dict(), net.state_dict())
+@pytest.mark.parametrize('head', HEADS)
+@pytest.mark.parametrize('is_old', [False, True])
+def test_checkpoints_of_every_head(head, is_old, tmp_path):
+    default = config.snapshot()
+    net = make_net(head, AUX_WEIGHT=0.4)
+    state = net.state_dict()
+    if is_old:  # as versions with other names of the last convolution saved it
+        new = ('head.classifier.', 'aux.classifier.')
+        old = ('head.fc2.' if head.startswith('ema') else 'head.classify.',
+               'aux.classify.')
+        state = {key.replace(new[0], old[0]).replace(new[1], old[1]): value
+                 for key, value in state.items()}
+        assert len([key for key in state if key.startswith(old)]) == 4
+    path = tmp_path / 'x.pth'
+    checkpoint.save({'net': state, 'step': 7, 'settings': config.snapshot()}, path)
+    forget_architecture(default)
+    other, content = load_built(path)
+    assert checkpoint.count_classes(content['net']) == 21
+    assert same(other.state_dict(), net.state_dict())
+    image = torch.randint(256, (3, 40, 57), dtype=torch.uint8)
+    logits = inference.predict_logits(net.double(), image)
+    fused = inference.fuse_batch_norms(other.double())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+    error = (inference.predict_logits(fused, image) - logits).abs().max()
+    assert error < 1e-9 * logits.abs().max()
 
 
-@pytest.mark.parametrize('key', ['emau.mu', 'fc0.conv.weight', 'extractor.6.'])
-def test_an_incomplete_released_file(key):
-    state = as_released(build(N_LAYERS=18, STEM='plain').state_dict())
-    state = {k: v for k, v in state.items() if not k.startswith(key)}
-    with pytest.raises(ValueError, match='x.pth looks like a released .* incomplete'):
-        checkpoint.convert_released(state, 'x.pth')
+@pytest.mark.parametrize('head', ['fcn', 'ema_mmseg'])
+def test_scripts_take_every_head(head, voc, tmp_path, capsys, monkeypatch):
+    """Those with EM iterations, and those without."""
+    default = config.snapshot()
+    net = make_net(head)
+    path, out = tmp_path / 'x.pth', tmp_path / 'out'
+    checkpoint.save({'net': net.state_dict(), 'step': 7, 'settings': config.snapshot(),
+                     'run': {}}, path)
+    image = torch.randint(256, (3, 40, 57), dtype=torch.uint8)
+    logits = inference.predict_logits(net, image)
+    forget_architecture(default)
+    words = [f'CHECKPOINT={path}', 'DEVICE=cpu', 'PRECISION=fp32', 'DATASET=voc']
+    data = [f'DATA_ROOT={voc}', f'LOG_DIR={tmp_path}', 'N_WORKERS=0']
+    assert evaluate(*words, *data) == 0
+    has_em = head.startswith('ema')
+    assert (', T = 3' in capsys.readouterr().out) == has_em
+    assert read_json(tmp_path, 'voc_val_x')['stages'] == 3 * has_em
+
+    picture = tmp_path / 'a.png'
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(picture)
+    argv = ['predict.py', *words, str(picture), '--out', str(out), '--no-overlays']
+    monkeypatch.setattr('sys.argv', argv)
+    assert predict.main() == 0
+    with Image.open(out / 'masks/a.png') as mask:
+        assert (np.asarray(mask) == logits.argmax(0).numpy()).mean() > 0.999
+    if not has_em:
+        assert 'leave --stages out' in refuses(*words, *data, stages='1,2')
+        monkeypatch.setattr('sys.argv', [*argv, '--responsibilities'])
+        with pytest.raises(UserError, match='no EM attention unit'):
+            predict.main()

@@ -1,27 +1,33 @@
-"""The rival heads: their size and cost counted by hand, their arithmetic beside loops
-and torchvision's, their relation to the EM attention unit, and training with each."""
+"""The other heads: their size and cost counted by hand, their arithmetic against loops
+and torchvision, their relation to the EM attention unit, and training with each."""
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
-import test_export
 import torch
 import torch.nn.functional as F
-from test_network import TINY, choose, count_multiply_adds, count_parameters
+from test_network import (
+    TINY,
+    choose,
+    count_multiply_adds,
+    count_parameters,
+    resize,
+)
 from torch import nn
 from torchvision.models.segmentation import deeplabv3
 
 import heads
+import inference
 import network
-import settings
 import train
-from network import EMAU
+from config import UserError
+from emau import EMAU
 from prediction import deploy
+from training import memory
 
 assert choose  # a fixture
-RIVALS = ('fcn', 'deeplabv3', 'deeplabv3plus', 'psanet', 'nonlocal', 'a2')
-ALL = ('ema', 'ema_mmseg', *RIVALS)
+ALL = ('ema', 'ema_mmseg', 'fcn', 'deeplabv3', 'deeplabv3plus', 'psanet', 'nonlocal',
+       'a2')
 N_IN = [256, 512, 1024, 2048]
 FINE, N = 129 * 129, 65 * 65  # pixels at stride 4 and 8 of a 513x513 image
 GRID = 33 * 33
@@ -82,7 +88,7 @@ def test_size_and_cost(name, choose):
             count_multiply_adds(head, feats)) == HAND[name]
 
 
-def test_the_papers_counts():
+def test_counts_of_the_paper():
     """FACTS section 4; PSANet without the concatenation, its convolutions only, is what
     the paper's Table 1 prints: 18.5 M and 56.3 G."""
     for name, millions, billions in (('deeplabv3', 15.541, 63.43),
@@ -97,7 +103,7 @@ def test_the_papers_counts():
     assert round(convolutions / 1e9, 1) == 56.3
 
 
-def test_mmsegmentations_model(choose):
+def test_size_of_mmsegmentations_network(choose):
     choose(N_LAYERS=50, STEM='v1c', HEAD='ema_mmseg', HEAD_CHANNELS=512, N_BASES=64,
            FC1_CHANNELS=256, AUX_WEIGHT=0.4, MULTI_GRID=(1, 1, 1), STRIDE=8)
     with torch.device('meta'):
@@ -137,16 +143,13 @@ def test_deeplab_pools_two_images_or_more():
     assert head.eval()([torch.randn(1, 3, 5, 5)] * 4).shape == (1, 2, 5, 5)
 
 
-def test_deeplab_on_ranks_with_one_crop_each(choose):
-    """Batch norm is over all ranks; the estimate of memory, made by one, must not mind.
-    """
+def test_memory_of_deeplab_on_ranks_with_one_crop_each(choose):
+    """Its batch norm is over all ranks, but one rank estimates the memory."""
     choose(**TINY, HEAD='deeplabv3plus')
-    session = train.Session(3, torch.device('cpu'))
-    session.team = SimpleNamespace(world=2)  # of 2 crops
-    assert train.estimate_memory(session) > 0
-    session.team, settings.BATCH_SIZE = SimpleNamespace(world=1), 1
+    assert memory.estimate_memory(3, 'fp32', world_size=2) > 0
+    choose(BATCH_SIZE=1)
     with pytest.raises(ValueError, match='two images or more at a time'):
-        train.estimate_memory(session)
+        memory.estimate_memory(3, 'fp32')
 
 
 def test_deeplabv3plus_sees_the_features_of_stride_4():
@@ -161,26 +164,55 @@ def test_deeplabv3plus_sees_the_features_of_stride_4():
     assert (moved > 0).sum() == 25 and moved[6:11, 4:9].min() > 0  # two 3x3
 
 
+@pytest.mark.parametrize('align_corners', [True, False])
+def test_deeplabv3plus_resizes_in_the_convention_of_settings(align_corners, choose):
+    choose(**TINY, HEAD='deeplabv3plus', ALIGN_CORNERS=align_corners)
+    torch.manual_seed(0)
+    head = randomise(network.build_head([3, 4, 5, 6], 2, 8))
+    fine, x = torch.randn(1, 3, 17, 14).double(), torch.randn(1, 6, 9, 7).double()
+    wide = resize(head.aspp(x), (17, 14), align_corners)
+    expected = head.classifier(head.refine(torch.cat([wide, head.reduce(fine)], 1)))
+    assert torch.allclose(head([fine, None, None, x]), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['deeplabv3plus', 'psanet'])
+@pytest.mark.parametrize('align_corners', [True, False])
+def test_one_convention_in_the_whole_network(name, align_corners, choose, monkeypatch):
+    choose(**TINY, HEAD=name, PSA_GRID=(3, 4), ALIGN_CORNERS=align_corners)
+    interpolate, seen = F.interpolate, []
+
+    def watch(*args, **options):
+        seen.append(options['align_corners'])
+        return interpolate(*args, **options)
+
+    monkeypatch.setattr(F, 'interpolate', watch)
+    with torch.no_grad():
+        network.build(2, is_eval=True)(torch.zeros(1, 3, 33, 40))
+    assert len(seen) > 1 and set(seen) == {align_corners}
+
+
+@pytest.mark.parametrize('align_corners', [True, False])
 @pytest.mark.parametrize('size', [(3, 4), (6, 7)])
-def test_psa_is_what_its_authors_say(size):
+def test_psa_is_what_its_authors_say(size, align_corners, choose):
     torch.manual_seed(1)
     rows, columns, channels = 3, 4, 5
-    head = randomise(heads.PSAHead([6, 6, 6, 6], 2, (rows, columns), channels))
+    choose(**{**TINY, 'HEAD_CHANNELS': channels}, HEAD='psanet',
+           PSA_GRID=(rows, columns), ALIGN_CORNERS=align_corners)
+    head = randomise(network.build_head([6, 6, 6, 6], 2, 8))
     x = torch.randn(2, 6, *size).double()
     seen = []
     head.project.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         logits = head([None, None, None, x])
-    places = [(y, x) for y in range(rows) for x in range(columns)]
-    for branch, is_collect, found in ((head.collect, True, seen[0][:, :channels]),
-                                      (head.distribute, False, seen[0][:, channels:])):
-        feats = F.interpolate(branch.reduce(x), (rows, columns), mode='bilinear',
-                              align_corners=True)
+    pixels = [(y, x) for y in range(rows) for x in range(columns)]
+    for branch, is_collect, actual in ((head.collect, True, seen[0][:, :channels]),
+                                       (head.distribute, False, seen[0][:, channels:])):
+        feats = resize(branch.reduce(x), (rows, columns), align_corners)
         maps = branch.attend(feats).detach()    # (b, offsets, rows, columns)
         for b in range(2):
-            for target in places:
+            for target in pixels:
                 total, weights = 0, 0
-                for source in places:
+                for source in pixels:
                     # collect: the target's own map, read at the source; distribute: the
                     # source's map, read at the target
                     here, there = (target, source) if is_collect else (source, target)
@@ -189,9 +221,11 @@ def test_psa_is_what_its_authors_say(size):
                     weight = math.exp(maps[b, offset, here[0], here[1]])
                     total = total + weight * feats[b, :, source[0], source[1]]
                     weights += weight
-                assert torch.allclose(found[b, :, target[0], target[1]],
+                assert torch.allclose(actual[b, :, target[0], target[1]],
                                       total / weights, rtol=0, atol=1e-10)
-    assert logits.shape == (2, 2, *size)
+    both = resize(head.project(seen[0]), size, align_corners)
+    expected = head.classifier(head.conv(torch.cat([x, both], 1)))
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-10)
 
 
 def test_non_local_is_attention():
@@ -205,9 +239,9 @@ def test_non_local_is_attention():
     for b in range(2):
         q, k, v = (layer(x)[b].flatten(1).T for layer in (unit.query, unit.key,
                                                           unit.value))
-        wanted = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1)[0]
-        wanted = x[b] + unit.out(wanted.T.reshape(1, 3, 3, 4))[0]
-        assert torch.allclose(y[b], wanted, rtol=0, atol=1e-10)
+        expected = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1)[0]
+        expected = x[b] + unit.out(expected.T.reshape(1, 3, 3, 4))[0]
+        assert torch.allclose(y[b], expected, rtol=0, atol=1e-10)
 
 
 def test_double_attention_is_equation_16():
@@ -220,8 +254,8 @@ def test_double_attention_is_equation_16():
                            for layer in (unit.phi, unit.theta, unit.rho))
         gathered = phi @ (theta.exp() / theta.exp().sum(1, keepdim=True)).T
         mixed = gathered @ (rho.exp() / rho.exp().sum(0, keepdim=True))
-        wanted = x[b] + unit.out(mixed.reshape(1, 2, 3, 4))[0]
-        assert torch.allclose(y[b], wanted, rtol=0, atol=1e-10)
+        expected = x[b] + unit.out(mixed.reshape(1, 2, 3, 4))[0]
+        assert torch.allclose(y[b], expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize('name, method', [('nonlocal', 'attend'), ('a2', 'gather'),
@@ -250,89 +284,85 @@ def test_non_local_is_e_and_r_with_pixels_as_bases():
     x = torch.randn(2, 12, 5).double()                            # (b, n, c)
     unit = EMAU(5, bases=12, stages=1, norm='none', conv1='absent').double()
     mu = x.transpose(1, 2)                                        # K = N
-    attended = unit.reconstruct(unit.expect(x, mu), mu)
+    attended = unit.reconstruct(unit.e_step(x, mu), mu)
     assert torch.allclose(attended, heads.NonLocal.attend(x, x, x), rtol=0, atol=1e-12)
-    with_m = unit.reconstruct(unit.expect(x, mu), unit.maximise(x, unit.expect(x, mu)))
+    with_m = unit.reconstruct(unit.e_step(x, mu), unit.m_step(x, unit.e_step(x, mu)))
     assert not torch.allclose(attended, with_m, atol=1e-2)        # A_M is what it lacks
 
 
-def test_a2_is_one_iteration_with_learned_bases():
-    """With shared theta and rho the A2 block's distribution is A_E and A_R; its
-    gathering is A_M where the maps are softmaxed over the bases before the pixels."""
-    torch.manual_seed(0)
-    unit = EMAU(5, bases=3, stages=1, norm='none', conv1='absent', gradient='full',
-                update='back_propagation').double()
-    x = torch.randn(2, 5, 3, 4).double()
-    pixels = x.flatten(2).transpose(1, 2)                         # (b, n, c)
-    seen = []
-    unit.conv2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    unit(x)
-    seen[0].square().sum().backward()
-    shared = unit.mu.detach().clone().requires_grad_()            # theta = rho
-    rho = pixels @ shared
-    block = heads.DoubleAttention
-    mixed = block.distribute(block.gather(pixels, rho.log_softmax(2)), rho)
-    wanted = mixed.transpose(1, 2).unflatten(2, (3, 4)).relu()
-    wanted.square().sum().backward()
-    assert torch.allclose(seen[0], wanted, rtol=0, atol=1e-5)     # EPS of A_M
-    assert torch.allclose(unit.mu.grad, shared.grad, rtol=1e-4, atol=1e-4)
-    assert shared.grad.abs().max() > 0.1
-    as_published = block.distribute(block.gather(pixels, rho), rho)
-    assert not torch.allclose(mixed, as_published, atol=1e-2)
+# -- with each head --------------------------------------------------------------------
+
+class Shallow(nn.Module):
+    """A backbone of four convolutions, called as ResNet is."""
+    channels = [8, 8, 12, 16]
+
+    def __init__(self, n_layers, stem, stride, *others):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        n_in = 3
+        for n_out, step in zip(self.channels, (4, 2, stride // 8, 1), strict=True):
+            conv = nn.Conv2d(n_in, n_out, 5, step, 2)
+            self.layers.append(nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.ReLU()))
+            n_in = n_out
+
+    def forward(self, x):
+        feats = []
+        for layer in self.layers:
+            x = layer(x)
+            feats.append(x)
+        return feats
 
 
-# -- used with each --------------------------------------------------------------------
-
-@pytest.mark.parametrize('name', ['ema_mmseg', 'psanet'])
-def test_heads_can_be_exported(name, tmp_path):
-    net = test_export.make_net(HEAD=name, PSA_GRID=(3, 4))
-    deploy.export(net, tmp_path / 'model.pt2', test_export.draw(3, 50, 61),
-                  test_export.METADATA)  # compares with the network
+def test_psanet_can_be_exported(choose, monkeypatch, tmp_path):
+    monkeypatch.setattr(network, 'ResNet', Shallow)
+    choose(**TINY, HEAD='psanet', PSA_GRID=(3, 4))
+    net = randomise(network.build(5, is_eval=True)).float()
+    images = torch.randint(256, (2, 3, 41, 30), dtype=torch.uint8)
+    deploy.export(net, tmp_path / 'model.pt2', images[0, :, :35], {
+        'classes': ['a', 'b', 'c', 'd', 'e'], 'palette': [0, 0, 0], 'settings': {}})
     program = torch.export.load(str(tmp_path / 'model.pt2')).module()
-    images = test_export.draw(2, 3, 41, 30)  # another number and size
-    wanted = test_export.predict_plainly(net, images)
-    assert (program(images) - wanted).abs().max() < 1e-4
+    expected = torch.stack([inference.predict_logits(net, image).softmax(0)
+                            for image in images])
+    assert (program(images) - expected).abs().max() < 1e-4
 
-
-# -- training with each ----------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ALL)
-def test_every_head_trains(name, choose):
-    """Called as the EM head is, beside an auxiliary one; the loss falls."""
+def test_every_head_trains(name, choose, monkeypatch):
+    """Each trains beside an auxiliary head, and the loss falls."""
+    monkeypatch.setattr(network, 'ResNet', Shallow)
     choose(**TINY, HEAD=name, PSA_GRID=(3, 4), AUX_WEIGHT=0.4, LR=0.02, LR_EVERY=1,
            RECIPE='', SEED=1)
-    settings.BATCH_SIZE, settings.ITER_MAX = 4, 50
+    choose(BATCH_SIZE=4, ITER_MAX=50)
     session = train.Session(3, torch.device('cpu'))
-    before = {k: p.detach().clone() for k, p in session.raw.named_parameters()}
+    before = {k: p.detach().clone() for k, p in session.model.named_parameters()}
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (4, 5, 5), dtype=torch.uint8, generator=draw)
     labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :33, :33]
     images = (80 * labels[:, None].expand(-1, 3, -1, -1)
               + torch.randint(40, (4, 3, 33, 33), dtype=torch.uint8, generator=draw))
-    losses = [session.train_step(images, labels)[0].mean().item() for _ in range(12)]
+    losses = [session.train_step(images, labels)[0].mean().item() for _ in range(30)]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    still = [k for k, p in session.raw.named_parameters()
+    still = [k for k, p in session.model.named_parameters()
              if torch.equal(p, before[k])]
-    # what no gradient reaches: conv1 as released, and biases that a softmax or a batch
-    # norm cancels
-    cancelled = r'head\.(emau\.conv1|unit\.(theta|key|value|phi)\.bias).*'
-    assert all(re.fullmatch(cancelled, k)
-               for k in still), still
+    # no gradient reaches conv1, as released, nor biases that a softmax or a batch norm
+    # cancels
+    cancelled = (r'head\.(emau\.conv1|unit\.(theta|key|value|phi)\.bias).*|'
+                 r'backbone\.layers\..\.0\.bias')
+    assert all(re.fullmatch(cancelled, k) for k in still), still
     side = 9 if name == 'deeplabv3plus' else 5
-    net = session.raw.eval()
+    net = session.model.eval()
     with torch.no_grad():
         assert net.head(net.backbone(net.normalise(images))).shape[2:] == (side, side)
         assert net(images[:1, :, :, :25]).shape == (1, 3, 33, 25)
 
 
-def test_heads_that_cannot_be(choose):
-    for values, sentence in (
-            (dict(HEAD='pspnet'), 'HEAD=pspnet is none of ema, ema_mmseg, fcn'),
-            (dict(HEAD='deeplabv3', FC1_CHANNELS=0), 'FC1_CHANNELS=0, but HEAD=deep'),
-            (dict(HEAD='a2', N_BASES=0), 'N_BASES=0: the A2 block'),
-            (dict(HEAD='psanet', PSA_GRID=(33,)), 'PSA_GRID=33: rows and columns'),
-            (dict(HEAD='psanet', PSA_GRID=(1, 5)), 'PSA_GRID=1,5: rows and columns')):
-        choose(**{**TINY, **values})
-        with pytest.raises(ValueError, match=sentence):
-            network.build(2)
-        choose(FC1_CHANNELS=8, PSA_GRID=(33, 33))
+@pytest.mark.parametrize('values, sentence', [
+    (dict(HEAD='pspnet'), 'HEAD=pspnet is none of ema, ema_mmseg, fcn'),
+    (dict(HEAD='deeplabv3', FC1_CHANNELS=0), 'FC1_CHANNELS=0, but HEAD=deep'),
+    (dict(HEAD='a2', N_BASES=0), 'N_BASES=0: the A2 block'),
+    (dict(HEAD='psanet', PSA_GRID=(33,)), 'PSA_GRID=33: rows and columns'),
+    (dict(HEAD='psanet', PSA_GRID=(1, 5)), 'PSA_GRID=1,5: rows and columns')])
+def test_impossible_heads_are_refused(values, sentence, choose):
+    choose(**{**TINY, **values})
+    with torch.device('meta'), pytest.raises(UserError, match=sentence):
+        network.build(2)

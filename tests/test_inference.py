@@ -1,4 +1,4 @@
-"""Predicting: folded, batched, at several scales, mirrored, by windows and blocks."""
+"""Predicting: fused, batched, at several scales, flipped, by windows and blocks."""
 import copy
 
 import numpy as np
@@ -8,17 +8,19 @@ from torch import nn
 
 import inference
 import network
-import runtime
 import settings
 
 
 def make_net(n_classes=5, seed=0, **values):
-    """A small network whose batch norms have lived: random statistics and weights."""
+    """Return a small network whose batch norms have random statistics and weights."""
     for name, value in {**dict(HEAD_CHANNELS=16, FC1_CHANNELS=8, N_BASES=4, STRIDE=8),
                         **values}.items():
         setattr(settings, name, value)  # put back after each test
     torch.manual_seed(seed)
-    net = network.build(n_classes, is_eval=True)
+    return randomise(network.build(n_classes, is_eval=True))
+
+
+def randomise(net):
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.running_mean, 0, 0.1)
@@ -28,143 +30,51 @@ def make_net(n_classes=5, seed=0, **values):
     return net
 
 
-@pytest.mark.parametrize('depth', [18, 50])
-@pytest.mark.parametrize('stem', ['deep', 'plain'])
-@pytest.mark.parametrize('fc1', [0, 8])
-def test_folded_network_is_the_same(depth, stem, fc1):
+@pytest.mark.parametrize('depth, stem, fc1', [(18, 'plain', 0), (50, 'deep', 8)])
+def test_fused_network_is_the_same(depth, stem, fc1):
     net = make_net(N_LAYERS=depth, STEM=stem, FC1_CHANNELS=fc1).double()
     image = torch.randint(256, (3, 40, 57), dtype=torch.uint8)
     before = inference.predict_logits(net, image)
-    folded = inference.fold(copy.deepcopy(net))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    after = inference.predict_logits(folded, image)
+    fused = inference.fuse_batch_norms(copy.deepcopy(net))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    after = inference.predict_logits(fused, image)
     assert (after - before).abs().max() < 1e-9 * before.abs().max()
     assert torch.equal(before, inference.predict_logits(net, image))  # left alone
 
 
-def test_folded_in_bf16():
-    net = make_net(N_LAYERS=18, STEM='plain')
-    image = torch.randint(256, (3, 40, 57), dtype=torch.uint8)
-    before = inference.predict_logits(net, image)
-    folded = inference.fold(copy.deepcopy(net), 'bf16')
-    convs = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
-    assert all(m.weight.dtype == torch.bfloat16 for m in convs)
-    assert folded.head.emau.mu.dtype == torch.float32
-    with runtime.autocast(torch.device('cpu'), 'bf16'):
-        after = inference.predict_logits(folded, image)
-    assert after.dtype == torch.float32
-    assert (after - before).abs().max() < 0.05 * (before.max() - before.min())
-
-
-# -- fewer products --------------------------------------------------------------------
-
-@pytest.mark.parametrize('points', [inference.POINTS, (0, 1, -1, 0.5), (3, 1, -2, 5)])
-def test_winograd_in_one_dimension(points):
-    """Against the sum that defines a convolution, whatever the points."""
-    before, kernel, after = inference.winograd_matrices(points)
-    x, g = np.random.default_rng(0).normal(size=(2, 5))
-    found = after @ ((kernel @ g[:3]) * (before @ x))
-    assert np.allclose(found, [x[i:i + 3] @ g[:3] for i in range(3)], atol=1e-12)
-
-
-def test_bf16_holds_the_transforms_exactly():
-    conv = inference.WinogradConv2d(nn.Conv2d(1, 1, 3, padding=1).double())
-    for matrix in (conv.before, conv.after):
-        assert torch.equal(matrix.bfloat16().double(), matrix)
-
-
-@pytest.mark.parametrize('dilation', [1, 2, 4])
-@pytest.mark.parametrize('size', [(1, 1), (2, 7), (12, 24), (13, 37), (65, 33)])
-def test_a_convolution_by_fewer_products(dilation, size, monkeypatch):
-    """It equals torch's, in parts of any size, for either memory order."""
-    torch.manual_seed(0)
-    for has_bias in (True, False):
-        conv = nn.Conv2d(3, 4, 3, padding=dilation, dilation=dilation, bias=has_bias)
-        fewer = inference.WinogradConv2d(conv.double())
-        for part in (1, inference.PART):
-            monkeypatch.setattr(inference, 'PART', part)
-            for n, order in ((1, torch.channels_last), (2, torch.contiguous_format)):
-                x = torch.randn(n, 3, *size).double().contiguous(memory_format=order)
-                with torch.no_grad():
-                    assert near(fewer(x), conv(x), 1e-12)
-
-
-def test_rounding_of_fewer_products():
-    """Some 1e-6 in float32, four to five times a plain convolution's in bfloat16; the
-    error is the root mean square to that of the output."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(256, 256, 3, padding=2, dilation=2)
-    x = torch.randn(1, 256, 33, 33).relu()
-    for dtype, most, factor in ((torch.float32, 1.5e-6, 10),
-                                (torch.bfloat16, 1.5e-2, 5)):
-        fewer = inference.WinogradConv2d(conv).to(dtype)
-        plain = copy.deepcopy(conv).to(dtype)
-        rounded = x.to(dtype)
-        with torch.no_grad():
-            exact = copy.deepcopy(conv).double()(rounded.double())
-            errors = [((run(rounded).double() - exact).square().mean()
-                       / exact.square().mean()).sqrt().item() for run in (plain, fewer)]
-        assert errors[1] < min(most, factor * errors[0])
-
-
-def count_winograd(predictor):
-    return sum(isinstance(m, inference.WinogradConv2d)
-               for net in predictor.nets for m in net.modules())
-
-
-@pytest.mark.parametrize('depth, stride, n', [(18, 8, 7), (50, 8, 9), (50, 16, 9)])
-def test_which_convolutions_take_fewer_products(depth, stride, n):
-    """Those of 256 channels or more, unless strided or dilated by 8 and more: 3 of
-    layer3 (6 with bottlenecks), of layer4 the first block's 2 (1), fc0 and fc1."""
-    net = make_net(N_LAYERS=depth, STEM='plain', STRIDE=stride, HEAD_CHANNELS=512,
-                   FC1_CHANNELS=256)
-    assert count_winograd(make_predictor(net)) == n
-    assert count_winograd(make_predictor(net, precision='fp16')) == 0
-    assert count_winograd(make_predictor(net, has_winograd=False)) == 0
-    assert count_winograd(make_predictor(net, device='meta')) == 0
-
-
-@pytest.mark.parametrize('options', [{}, dict(use_flip=True, scales=(0.5, 1.25),
-                                              window=(40, 24))])
-def test_fewer_products_predict_the_same(options):
-    net = make_net(N_LAYERS=18, STEM='plain', HEAD_CHANNELS=256, FC1_CHANNELS=256)
-    for image in make_images((41, 56), (65, 65)):
-        plain, fewer = (make_predictor(net.double(), has_winograd=has, **options)
-                        for has in (False, True))
-        assert count_winograd(fewer) and near(fewer.predict([image])[0],
-                                              plain.predict([image])[0])
-
-
-@pytest.mark.slow  # a compiler is at work
-def test_fewer_products_beside_a_compiler():
-    net = make_net(N_LAYERS=18, STEM='plain', HEAD_CHANNELS=256, FC1_CHANNELS=256)
-    compiled, eager = (make_predictor(net, is_compiled=has) for has in (True, False))
-    assert count_winograd(compiled)
-    for image in make_images((41, 56), (65, 65)):
-        assert near(compiled.predict([image])[0], eager.predict([image])[0], 1e-5)
-
-
-def test_the_setting_of_fewer_products():
-    assert runtime.eval_options()['has_winograd'] is True
-    settings.WINOGRAD = False
-    assert runtime.eval_options()['has_winograd'] is False
-
-
-def test_normalising_leaves_the_picture_alone():
-    net = make_net(N_LAYERS=18, STEM='plain')
-    for images in (torch.randint(256, (2, 3, 9, 9), dtype=torch.uint8),
-                   torch.randint(256, (2, 3, 9, 9)).float()):
-        kept = images.clone()
-        found = net.normalise(images)
-        assert torch.equal(images, kept)
-        expected = (kept.double() / 255 - torch.tensor(settings.MEAN).view(3, 1, 1)
-                    ) / torch.tensor(settings.STD).view(3, 1, 1)
-        assert torch.allclose(found.double(), expected, atol=1e-5)
-
-
 # -- the Predictor ---------------------------------------------------------------------
 
-SIZES = [(1, 1), (1, 40), (33, 1), (40, 57), (41, 56), (65, 65), (7, 150)]
+SIZES = [(1, 1), (1, 40), (33, 1), (40, 57), (41, 56), (7, 150)]
+
+
+class TinyBackbone(nn.Sequential):
+    """Three strided convolutions: features of 12 channels at stride 8."""
+
+    def __init__(self):
+        layers = []
+        for n, n_out in ((3, 8), (8, 12), (12, 12)):
+            layers += [nn.Conv2d(n, n_out, 3, 2, 1, bias=False),
+                       nn.BatchNorm2d(n_out), nn.ReLU()]
+        super().__init__(*layers)
+
+    def forward(self, x):
+        return [super().forward(x)]
+
+
+def make_tiny(seed=0):
+    """Return a network in float64, in which "the same" means to 1e-10."""
+    torch.manual_seed(seed)
+    head = network.EMAHead(12, 5, channels=16, fc1_channels=8, bases=4)
+    net = network.Segmenter(TinyBackbone(), head, 8, settings.MEAN, settings.STD)
+    with torch.no_grad():  # responsibilities and classes that differ
+        head.emau.conv1.weight.mul_(30)
+        head.classifier.weight.mul_(30)
+    return randomise(net).eval().double()
+
+
+@pytest.fixture
+def net():
+    return make_tiny()
 
 
 def make_images(*sizes):
@@ -173,37 +83,23 @@ def make_images(*sizes):
 
 
 def make_predictor(net, **options):
-    """A predictor of a copy: folding changes the network."""
+    """Return a predictor of a copy: fusing changes the network."""
     return inference.Predictor([copy.deepcopy(net)], **options)
-
-
-@pytest.fixture
-def net():
-    """A small network in float64, in which "the same" means to 1e-10."""
-    return make_net(N_LAYERS=18, STEM='plain').double()
 
 
 def near(a, b, tolerance=1e-10):
     return a.shape == b.shape and (a - b).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize('options', [
-    {}, dict(use_flip=True), dict(scales=(0.5, 1.25)), dict(window=(24, 32)),
-    dict(scales=(0.5, 1.25), use_flip=True, window=(40, 24))])
-def test_every_size_gets_its_own(net, options):
-    images = make_images(*SIZES)
-    found = make_predictor(net, batch=3, **options).predict(images)
-    labels = make_predictor(net, batch=3, **options).predict_labels(images)
-    for image, own, label in zip(images, found, labels, strict=True):
-        assert own.shape == (1, 5, *image.shape[1:])
-        assert near(own.sum(1), torch.ones(1, *image.shape[1:]).double())
-        assert torch.equal(label, own.argmax(1))
-
-
 def test_plain_prediction_is_the_padded_network(net):
-    for image in make_images(*SIZES):
-        wanted = inference.predict_logits(net, image)
-        assert near(make_predictor(net).predict([image])[0][0], wanted.softmax(0))
+    images, predictor = make_images(*SIZES), make_predictor(net, batch=3)
+    labels = predictor.predict_labels(images)
+    for image, probs, label in zip(images, predictor.predict(images), labels,
+                                   strict=True):
+        expected = inference.predict_logits(net, image).softmax(0)
+        assert near(probs[0], expected) and near(expected.sum(0), expected.new_ones(
+            image.shape[1:]))
+        assert torch.equal(label[0], expected.argmax(0))
 
 
 def test_one_scale_and_one_window_change_nothing(net):
@@ -236,7 +132,7 @@ def test_the_flip_of_a_flipped_image(net, options):
             assert not near(there[0], one, 1e-4)
 
 
-@pytest.mark.parametrize('n', [1, 2, 3, 7])
+@pytest.mark.parametrize('n', [1, 3, 7])
 def test_equal_networks_average_to_one(net, n):
     """Exactly, also where 1 / n is no binary fraction."""
     images = make_images(*SIZES[3:])
@@ -248,20 +144,6 @@ def test_equal_networks_average_to_one(net, n):
                                     strict=True):
         assert torch.equal(own, together)
         assert apart.shape[0] == n and all(torch.equal(own[0], x) for x in apart)
-
-
-def test_networks_average_as_probabilities():
-    nets = [make_net(N_LAYERS=18, STEM='plain', STRIDE=stride).double()
-            for stride in (8, 16, 8)]
-    nets[2].head.fc2.weight.data.neg_()
-    images = make_images((40, 57), (33, 20))
-    wanted = [sum(inference.predict_logits(net, image).softmax(0) for net in nets) / 3
-              for image in images]
-    mean = inference.Predictor([copy.deepcopy(net) for net in nets], is_averaged=True)
-    for own, label, right in zip(mean.predict(images), mean.predict_labels(images),
-                                 wanted, strict=True):
-        assert near(own[0], right)
-        assert torch.equal(label[0], own[0].argmax(0))
 
 
 def test_scales_by_hand(net):
@@ -295,8 +177,8 @@ def test_scales_by_hand(net):
     (100, 40, 0.5, [0, 20, 40, 60]), (101, 40, 0.5, [0, 15, 30, 46, 61]),
     (100, 99, 0.5, [0, 1]), (100, 100, 0.5, [0]), (100, 101, 0.5, [0]),
     (100, 0, 0.5, [0]), (100, 50, 1.0, [0, 50]), (5, 1, 0.3, [0, 1, 2, 3, 4])])
-def test_places_of_windows(size, window, step, starts):
-    found = inference.places(size, window, step)
+def test_window_starts(size, window, step, starts):
+    found = inference.window_starts(size, window, step)
     assert found == starts
     if 0 < window < size:
         steps = np.diff(found)
@@ -321,7 +203,7 @@ def test_windows_are_averaged_with_counts(net):
             total[:, top:top + 32, left:left + 40] += found
             counts[top:top + 32, left:left + 40] += 1
     predictor = make_predictor(net, window=(32, 40), step=0.5, batch=4)
-    assert inference.cut_windows((60, 83), (32, 40), 0.5) == [
+    assert inference.make_windows((60, 83), (32, 40), 0.5) == [
         (slice(a, a + 32), slice(b, b + 40)) for a in (0, 14, 28)
         for b in (0, 14, 29, 43)]
     assert near(predictor.predict([image])[0][0], total / counts)
@@ -343,17 +225,6 @@ def test_a_batch_is_each_by_itself(net, batch, options):
     if not options:
         assert sum(size[0] for size in sizes) == 6
         assert {tuple(s[2:]) for s in sizes} == {(41, 57), (57, 41)}
-
-
-def test_repeated_sizes_are_computed_once(net):
-    image = make_images((2, 3))[0]
-    predictor = make_predictor(net, scales=(0.9, 1.0, 1.1, 2.0))
-    sizes = []
-    predictor.nets[0].register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape))
-    found = predictor.predict([image])[0]
-    assert len(sizes) == 2
-    one, two = (make_predictor(net, scales=(s,)).predict([image])[0] for s in (1, 2))
-    assert near(found, (3 * one + two) / 4)
 
 
 def test_several_numbers_of_iterations_at_once(net):
@@ -403,7 +274,10 @@ def test_predictor_in_bf16_and_fp32():
     image = make_images((40, 57))[0]
     exact = make_predictor(net.double()).predict([image])[0]
     single = make_predictor(net.float(), precision='fp32').predict([image])[0]
-    half = make_predictor(net.float(), precision='bf16').predict([image])[0]
+    predictor = make_predictor(net.float(), precision='bf16')
+    half = predictor.predict([image])[0]
+    assert predictor.nets[0].backbone.conv1.weight.dtype == torch.bfloat16
+    assert predictor.nets[0].head.emau.mu.dtype == torch.float32
     assert single.dtype == half.dtype == torch.float32
     assert near(single.double(), exact, 1e-5) and near(half.double(), exact, 0.05)
     assert not near(half, single, 1e-6)

@@ -1,4 +1,4 @@
-"""The released implementation's numbers: ../shared/reference, where it is there."""
+"""The numbers of the released implementation, in ../shared/reference if it exists."""
 import importlib.util
 import os
 from pathlib import Path
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(),
 @pytest.fixture(scope='module', autouse=True)
 def two_threads():
     """These networks are large enough for a second thread, if no other test runs."""
-    n = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)
     yield
-    torch.set_num_threads(n)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +42,8 @@ def make_weights():
     return module.make
 
 
-@pytest.fixture(scope='module', params=[50, 101])
+@pytest.fixture(scope='module',
+                params=[50, pytest.param(101, marks=pytest.mark.slow)])
 def released(request, make_weights, tmp_path_factory):
     """Depth and path of a checkpoint in the released format."""
     path = tmp_path_factory.mktemp('released') / f'reference{request.param}.pth'
@@ -55,7 +56,7 @@ def test_evaluation_logits(released, stride, expected, monkeypatch):
     depth, path = released
     if f'eval_{depth}_{stride}_image' not in expected:
         pytest.skip(f'the reference has no numbers for depth {depth} at {stride}')
-    monkeypatch.setattr(settings, 'N_LAYERS', 18)  # the tensors decide
+    monkeypatch.setattr(settings, 'N_LAYERS', 18)  # the checkpoint's depth is taken
     content = checkpoint.load(path)
     for name, value in content['settings'].items():
         monkeypatch.setattr(settings, name, value)
@@ -65,23 +66,30 @@ def test_evaluation_logits(released, stride, expected, monkeypatch):
     checkpoint.load_net(net, content['net'], path)
     image = torch.from_numpy(expected[f'eval_{depth}_{stride}_image']).permute(2, 0, 1)
     h, w = image.shape[1:]
-    wanted = expected[f'eval_{depth}_{stride}_argmax']
-    assert wanted.shape == (inference.padded_size(h, stride),
+    theirs = expected[f'eval_{depth}_{stride}_argmax']
+    assert theirs.shape == (inference.padded_size(h, stride),
                             inference.padded_size(w, stride))
     with torch.inference_mode():
         x = F.pad(net.normalise(image[None]),
-                  (0, wanted.shape[1] - w, 0, wanted.shape[0] - h))
+                  (0, theirs.shape[1] - w, 0, theirs.shape[0] - h))
         logits = net(x)[0]
     every4 = expected[f'eval_{depth}_{stride}_logits_every4']
     error = np.abs(logits[:, ::4, ::4].numpy() - every4).max() / np.ptp(every4)
     assert error < 2e-5
-    assert (logits.argmax(0).numpy() == wanted).mean() > 0.9999
+    assert (logits.argmax(0).numpy() == theirs).mean() > 0.9999
     cut = inference.predict_logits(net, image)
     assert torch.allclose(cut, logits[:, :h, :w], atol=1e-5 * np.ptp(every4))
 
 
-@pytest.mark.parametrize('stride', [pytest.param(8, marks=pytest.mark.slow), 16])
-def test_training_steps(stride, expected, make_weights, monkeypatch, tmp_path):
+def is_close(ours, theirs, tolerance=1e-6):
+    return np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize('stride, n_steps', [
+    (8, 2), pytest.param(8, 20, marks=pytest.mark.slow),
+    pytest.param(16, 20, marks=pytest.mark.slow)])
+def test_training_steps(stride, n_steps, expected, make_weights, monkeypatch, tmp_path):
+    """Losses and bases of the first steps, and all weights after the last, the 20th."""
     for name, value in dict(
             N_LAYERS=50, STEM='deep', STRIDE=stride, DROPOUT=0.0, ITER_MAX=30,
             BATCH_SIZE=2, PRECISION='fp32', CHANNELS_LAST=True).items():
@@ -89,44 +97,44 @@ def test_training_steps(stride, expected, make_weights, monkeypatch, tmp_path):
     path = tmp_path / 'reference50.pth'
     torch.save({'net': make_weights(50), 'step': 1}, path)
     session = train.Session(21, torch.device('cpu'))
-    checkpoint.load_net(session.raw, checkpoint.load(path)['net'], path)
-    session.raw.double()
+    checkpoint.load_net(session.model, checkpoint.load(path)['net'], path)
+    session.model.double()
     images = torch.from_numpy(expected['train_images']).permute(0, 3, 1, 2)
     labels = torch.from_numpy(expected['train_labels'])
-    n = f'train_{stride}_'
-
-    def close(mine, theirs, tolerance=1e-6):
-        mine = np.asarray(mine)
-        return np.abs(mine - theirs).max() <= tolerance * np.abs(theirs).max()
-
-    for step in range(1, 21):
+    unit, prefix = session.model.head.emau, f'train_{stride}_'
+    for step in range(1, n_steps + 1):
         chosen = [0, 1] if step % 2 else [2, 3]  # the numbers' order, not its README's
         losses, _ = session.train_step(images[chosen], labels[chosen])
-        assert close(losses, expected[n + 'image_losses'][step - 1])
-        assert close(losses.mean(), expected[n + 'losses'][step - 1])
+        assert is_close(losses, expected[prefix + 'image_losses'][step - 1])
+        assert is_close(losses.mean(), expected[prefix + 'losses'][step - 1])
         if step == 1:
-            assert close(session.raw.head.emau.mu[0], expected[n + 'bases_first'])
-    assert close(session.raw.head.emau.mu[0], expected[n + 'bases_last'])
-    assert session.raw.head.emau.conv1.weight.grad is None
+            assert is_close(unit.mu[0], expected[prefix + 'bases_first'])
+    assert unit.conv1.weight.grad is None
+    if n_steps == 20:
+        assert is_close(unit.mu[0], expected[prefix + 'bases_last'])
+        check_weights(session.model.state_dict(), expected, prefix + 'after/')
 
-    after = [k for k in expected.files if k.startswith(n + 'after/')]
-    assert len(after) >= 10
-    state = session.raw.state_dict()
-    for key in after:
-        name = key[len(n + 'after/'):]
-        ours = rename(name)
-        flat = state[ours].flatten().double()
+
+def check_weights(state, expected, prefix):
+    """Compare 64 numbers of each tensor that the reference has."""
+    keys = [key for key in expected.files if key.startswith(prefix)]
+    assert len(keys) >= 10
+    for key in keys:
+        name = key[len(prefix):]
+        flat = state[rename(name)].flatten().double()
         sample = flat[::max(len(flat) // 64, 1)][:64].numpy()
-        assert close(sample, expected[key]), name
+        assert is_close(sample, expected[key]), name
 
 
 def rename(key):
-    """The released key in our names, written apart from checkpoint.py."""
+    """Return our name of a released key, independently of conversion/released.py."""
     parts = key.split('.')
     if parts[0] == 'extractor':
-        where = {'0': ['conv1'], '1': ['bn1'], '4': ['layer1'], '5': ['layer2'],
-                 '6': ['layer3'], '7': ['layer4']}[parts[1]]
-        return '.'.join(['backbone', *where, *parts[2:]])
+        ours = {'0': ['conv1'], '1': ['bn1'], '4': ['layer1'], '5': ['layer2'],
+                '6': ['layer3'], '7': ['layer4']}[parts[1]]
+        return '.'.join(['backbone', *ours, *parts[2:]])
     if parts[0] == 'fc1':
         return '.'.join(['head', 'fc1', *parts[2:]])
+    if parts[0] == 'fc2':
+        return '.'.join(['head', 'classifier', *parts[1:]])
     return 'head.' + key

@@ -1,49 +1,76 @@
-"""Starts train.py many times in a second: torch is imported once, each run is a fork.
+"""Starts scripts many times in a second: torch is imported once, each run is a fork.
 
-A line of JSON on the standard input, {"words": [...], "out": file}, starts a run; its
-process number is printed, and its exit status when it has ended. "places" may hold the
-environment of each of several ranks, "options" what ranked.py changes.
+Each line of the standard input is an order in JSON, each answer a line: {"poll": pid}
+asks for the exit status of a run, null while it runs; any other order starts one (see
+conftest.Run) and gets its process number. The runs end with the standard input.
 """
-import argparse
+import contextlib
+import importlib
 import json
 import os
+import signal
 import sys
-import traceback
 
 import ranked
+import torch
+from torch import nn
 
-import runtime
-import train
-
-
-def run(words, out, place, options):
-    """Run train.py with its output in `out`, its errors in `out`.err; never returns."""
-    for number, name in ((1, out), (2, f'{out}.err')):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = ['train.py', *words]
-    os.environ.update(place)
-    status = 1
-    try:
-        if options is not None:
-            ranked.change(options)
-        runtime.run(train.main, argparse.Namespace(given=runtime.override(words)))
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+import config
+import drawing
+import eval  # noqa: F401 - so that the forks have it
+import train  # noqa: F401
 
 
-for line in sys.stdin:
-    order = json.loads(line)
-    children = []
-    for place in order.get('places', [{}]):
+def import_early() -> None:
+    """Make torch and others import what they import when they are first used."""
+    torch.optim.SGD([torch.zeros(1)], lr=1)
+    nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).to('meta')(
+        torch.zeros(2, 1, 3, 3, device='meta'))
+    drawing.new_figure(1, 1)
+
+
+def become(order: dict) -> None:
+    """Make this fork look like a fresh python that runs a script."""
+    files = ((0, os.devnull, os.O_RDONLY), (1, order['out'], os.O_WRONLY),
+             (2, order['error'], os.O_WRONLY))
+    for number, name, flags in files:
+        os.dup2(os.open(name, flags | os.O_CREAT | os.O_APPEND), number)
+    if order['is_session']:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(order['env'])
+    os.chdir(order['cwd'])
+    sys.argv = [order['script'], *order['words']]
+    if order['change'] is not None:
+        ranked.change(order['change'])
+
+
+def serve() -> dict | None:
+    """Answer the orders; in a fork, return the order that it is for."""
+    children = set()
+    for line in sys.stdin:
+        order = json.loads(line)
+        if 'poll' in order:
+            pid, status = os.waitpid(order['poll'], os.WNOHANG)
+            children.discard(pid)
+            code = os.waitstatus_to_exitcode(status) if pid else None
+            print(json.dumps(code), flush=True)
+            continue
         child = os.fork()
         if not child:
-            run(order['words'], order['out'], place, order.get('options'))
-        children.append(child)
-    print(children[0], flush=True)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print(next((code for code in codes if code), 0), flush=True)
+            return order
+        children.add(child)
+        print(child, flush=True)
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    return None
+
+
+if __name__ == '__main__':
+    import_early()
+    order = serve()
+    if order is not None:
+        become(order)
+        module, _, function = order['main'].partition(':')
+        config.run(getattr(importlib.import_module(module), function))
