@@ -102,7 +102,8 @@ def test_channels_last_is_the_same(monkeypatch):
 def test_compiled_steps_are_the_same(monkeypatch):
     _, wanted = take_steps(monkeypatch, 'cuda')
     _, found = take_steps(monkeypatch, 'cuda', COMPILE=True)
-    check_close(found, wanted, 1e-3)
+    # TF32 convolutions, and other kernels: 1.5e-3 was seen on an H200
+    check_close(found, wanted, 5e-3)
 
 
 def test_bf16_is_taken_where_the_hardware_has_it(monkeypatch):
