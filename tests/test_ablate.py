@@ -310,8 +310,13 @@ def test_a_run_that_is_stopped_continues(number, status, project, call, tmp_path
     call('make', 'loss', root, 'ITER_MAX=3')
     made = [root / name for name in read(root / 'plan.json')['folders']]
     (root / 'wait').touch()
+
+    def run():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # CI may ignore it
+        return running.run(root, 2, [], False)
+
     process = multiprocessing.get_context('fork').Process(
-        target=config.run, args=(lambda: running.run(root, 2, [], False),))
+        target=config.run, args=(run,))
     process.start()
     wait_for(*(folder / 'logdir' / 'log.jsonl' for folder in made))
     with pytest.raises(config.UserError, match='another process writes into DIR'):
