@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on a split: scores, tables, images, a test server's archive.
 
-    python eval.py                                   # final.pth of LOG_DIR
+    python eval.py                  # final.pth of LOG_DIR, or latest.pth if newer
     python eval.py CHECKPOINT=path/to/any.pth --worst 12
     python eval.py EVAL_MODE=multi EVAL_FLIP=true    # several scales and flipped
     python eval.py --stages 1,2,3,4 CHECKPOINT=a.pth,b.pth    # in one pass
