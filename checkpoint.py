@@ -114,7 +114,8 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     content = read_file(path)
     is_dict = isinstance(content, dict)
-    if is_dict and mmsegmentation.is_checkpoint(content):
+    if (is_dict and is_state_dict(content.get('state_dict'))
+            and mmsegmentation.is_checkpoint(content)):
         content = mmsegmentation.convert(content, path)
     if not (is_dict and is_state_dict(content.get('net'))):
         what = type(content).__name__
@@ -168,9 +169,10 @@ def holds_objects(path: Path, error: pickle.UnpicklingError) -> bool:
 
 
 def is_state_dict(state: Any) -> bool:
-    """Return whether something is a dictionary of tensors."""
-    return isinstance(state, dict) and all(isinstance(value, Tensor)
-                                           for value in state.values())
+    """Return whether something is a dictionary of names and tensors."""
+    return isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor)
+        for key, value in state.items())
 
 
 def describe_damage(path: Path, error: Exception) -> str:

@@ -247,7 +247,21 @@ def check_train_settings(world_size: int = 1) -> None:
                         f'computed in equal parts by {world_size} ranks with '
                         f'ACCUMULATE={s.ACCUMULATE}: make it a multiple of {n_parts}, '
                         'or set RANKS')
+    check_deeplab_batch()
     check_loss_settings()
+
+
+def check_deeplab_batch() -> None:
+    """Check that DeepLab sees two images or more at a time.
+
+    Raises:
+        UserError: for one, whose pooled pixel cannot be normalised.
+    """
+    is_deeplab = settings.HEAD in ('deeplabv3', 'deeplabv3plus')
+    if is_deeplab and settings.BATCH_SIZE // settings.ACCUMULATE == 1:
+        raise UserError('DeepLab pools each image to one pixel, so that its batch norm '
+                        'needs two images or more at a time, but there is one: raise '
+                        'BATCH_SIZE or lower ACCUMULATE')
 
 
 def check_loss_settings() -> None:

@@ -4,9 +4,8 @@
     python train.py N_LAYERS=50 STRIDE=16 LOG_DIR=runs/r50
 
 Everything a run writes is in LOG_DIR: latest.pth, step_N.pth, best.pth, final.pth,
-settings.txt, log.txt, log.jsonl and TensorBoard's events. How a run begins (resumed,
-from a checkpoint, from ImageNet weights) is in training/setup.py, what it reports in
-training/monitor.py.
+settings.txt, log.txt, log.jsonl and TensorBoard's events. How a run begins is in
+training/setup.py, what it reports in training/monitor.py.
 """
 import contextlib
 from collections.abc import Iterator
@@ -107,9 +106,8 @@ class Session:
                                            enabled=self.precision == 'fp16')
         self.first_nonfinite_step = torch.zeros((), dtype=torch.int64, device=device)
         self.n_withheld = torch.zeros((), dtype=torch.int64, device=device)  # in a row
-        # Recorded in the checkpoint: the best validation mIoU, the duration, where the
-        # weights came from, the command line (for eval.py), versions, and names and
-        # colours of the classes (for predict.py).
+        # Recorded in the checkpoint: best validation mIoU, duration, origin of the
+        # weights, command line, versions, names and colours of the classes.
         self.best, self.seconds, self.weights = 0.0, 0.0, ''
         self.overrides, self.environment = {}, {}
         self.classes, self.palette = [], []
@@ -231,6 +229,7 @@ class Session:
         checkpoint.load_net(self.model, content['net'], path)
         for group in content['optimizer']['param_groups']:
             group.setdefault('lr_mult', group.pop('times', None))  # the earlier name
+            group['fused'] = self.is_fused  # of this device, not the checkpoint's
         self.optimizer.load_state_dict(content['optimizer'])
         for p, state in self.optimizer.state.items():  # in the memory order of p
             state['momentum_buffer'] = torch.empty_like(p).copy_(
@@ -251,9 +250,8 @@ class Session:
         """
         content = self.state_dict(is_final)
         if not self.group.is_identical(content['net'].values()):
-            raise RuntimeError('the ranks hold different weights, statistics or bases '
-                               f'after step {self.step}, so nothing was saved: this is '
-                               'a fault of the code or of a device, please report it')
+            raise RuntimeError(f'the ranks hold different tensors after step '
+                               f'{self.step}, nothing was saved: please report this')
         if self.group.is_main:
             checkpoint.save(content, path)
 
@@ -311,6 +309,7 @@ def train(session: Session, data: SegmentationDataset, info: dict,
     if not status and session.step < settings.ITER_MAX:  # the loaders were stopped too
         status = signals.exit_status
         monitor.check_finite(session, batches, data)
+        progress.pause_clock()
         session.save(log.folder / 'latest.pth')
     return status
 
@@ -355,6 +354,7 @@ def prepare(overrides: dict) -> tuple[Session, SegmentationDataset, dict,
     if group.is_main and Path(settings.LOG_DIR).is_dir():
         lock = lock_folder(settings.LOG_DIR)
     start = setup.find_start()
+    setup.check_same_start(start, group)
     settings.STEM = start.stem  # the one that 'auto' stands for
     session = Session(len(info['classes']), device, group)
     lines = start.lines + setup.load_start(session, start, info)

@@ -53,6 +53,8 @@ def convert(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     wrong = ''
     if 'decode_head.ema_module.bases' not in state:
         wrong = 'another head than EMAHead'
+    elif 'decode_head.conv_seg.weight' not in state:
+        wrong = 'no classifier'
     elif unsupported:
         wrong = unsupported[0]
     elif dilations not in STRIDES:

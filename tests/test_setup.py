@@ -7,6 +7,7 @@ import checkpoint
 import settings
 import train
 from config import UserError
+from training import setup
 
 
 @pytest.fixture
@@ -88,3 +89,14 @@ def test_first_network_of_other_classes(stage, monkeypatch, tmp_path):
         train.prepare({})
     text = str(caught.value)
     assert 'head.classifier' in text and '(5, 8, 1, 1), expected (21, 8, 1, 1)' in text
+
+
+def test_ranks_that_begin_at_unlike_steps_are_one_sentence():
+    """A rank that resumes says so before another waits for it to download."""
+    class Group:
+        def all_reduce_max(self, number):  # the other rank begins anew, at step -1
+            return max(number, -1 if number > 0 else 1)
+
+    start = setup.Start('plain', [], {'step': 7}, None, '')
+    with pytest.raises(UserError, match='give a folder that all hosts share'):
+        setup.check_same_start(start, Group())

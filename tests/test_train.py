@@ -349,3 +349,19 @@ def test_cudnn_searches_while_training_only(is_exact, tiny, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py', *tiny, 'ITER_MAX=2', 'EVAL_EVERY=1'])
     assert train.main() == 0
     assert found == [('train_step', not is_exact), ('evaluate', False)] * 2
+
+
+def test_kernels_are_those_of_the_device_after_resuming(monkeypatch):
+    """A checkpoint of a device without fused kernels must not switch them off here."""
+    session = make_session(monkeypatch)
+    content = session.state_dict()
+    for group in content['optimizer']['param_groups']:
+        group['fused'] = False
+    session.load_state_dict(content, 'latest.pth')
+    assert all(group['fused'] for group in session.optimizer.param_groups)
+
+
+@pytest.mark.parametrize('head', ['deeplabv3', 'deeplabv3plus'])
+def test_deeplab_with_one_image_at_a_time_is_one_sentence(head, monkeypatch):
+    with pytest.raises(UserError, match='needs two images or more'):
+        make_session(monkeypatch, HEAD=head, BATCH_SIZE=2, ACCUMULATE=2)

@@ -35,7 +35,8 @@ def find_start() -> Start:
     content, path, lines = checkpoint.load_newest(settings.LOG_DIR)
     if content:
         lines = lines + compare_settings(content['settings'], path)
-        return Start(content['settings']['STEM'], lines, content, None, path)
+        stem = content['settings'].get('STEM', settings.STEM)
+        return Start(stem, lines, content, None, path)
     if settings.INIT_FROM:
         if not Path(settings.INIT_FROM).is_file():
             raise UserError(f'INIT_FROM={settings.INIT_FROM} is not there: train what '
@@ -48,6 +49,19 @@ def find_start() -> Start:
     stem, source, line = weights.choose_weights(
         settings.PRETRAINED, settings.STEM, settings.N_LAYERS, settings.MODEL_DIR)
     return Start(stem, [*lines, line], None, None, source)
+
+
+def check_same_start(start: Start, group: distributed.ProcessGroup) -> None:
+    """Check that all ranks begin at the same step.
+
+    Raises:
+        UserError: if they do not read the same checkpoints.
+    """
+    step = start.resumed['step'] if start.resumed else -1
+    highest, lowest = group.all_reduce_max(step), -group.all_reduce_max(-step)
+    if lowest != highest:
+        raise UserError('the ranks do not read the same checkpoints in LOG_DIR='
+                        f'{settings.LOG_DIR}: give a folder that all hosts share')
 
 
 def compare_settings(recorded: dict[str, Any], path: Path) -> list[str]:
@@ -127,14 +141,7 @@ def load_network(session, start: Start, info: dict) -> list[str]:
 # -- the head of the log ---------------------------------------------------------------
 
 def describe_ranks(session, start: Start) -> list[str]:
-    """Record the environment in the session, and check that the ranks agree.
-
-    Returns:
-        Lines for the log.
-
-    Raises:
-        UserError: if the ranks do not read the same checkpoint.
-    """
+    """Record the environment in the session; return lines for the log."""
     group, device, lines = session.group, session.device, []
     session.environment = describe_environment(device)
     if start.resumed:
@@ -151,9 +158,6 @@ def describe_ranks(session, start: Start) -> list[str]:
     devices = group.all_gather_text(f'{session.environment["host"]} {device} '
                                     f'({session.environment["device"]})')
     lines.append(f'ranks: {", ".join(devices)}')
-    if group.all_reduce_max(session.step) != -group.all_reduce_max(-session.step):
-        raise UserError(f'the ranks do not read the same checkpoints in LOG_DIR='
-                        f'{settings.LOG_DIR}: give a folder that all hosts share')
     return lines
 
 
