@@ -77,11 +77,6 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) -> (b, channels, h, w)."""
-        norm = self.pool.bn
-        if norm.training and len(x) == 1 and type(norm) is nn.BatchNorm2d:
-            raise ValueError('DeepLab pools each image to one pixel, so that its batch '
-                             'norm needs two images or more at a time, but there is '
-                             'one: raise BATCH_SIZE or lower ACCUMULATE')
         mean = self.pool(x.mean((2, 3), keepdim=True))
         return self.project(torch.cat([*(branch(x) for branch in self.branches),
                                        mean.expand(-1, -1, *x.shape[2:])], 1))

@@ -26,7 +26,6 @@ import config
 import distributed
 import drawing
 import inference
-import logger
 import network
 import settings
 from config import UserError
@@ -242,8 +241,7 @@ def main() -> int:
         return 0
     pipeline = make_pipeline(args)
     pipeline.failures += failures
-    with logger.lock_folder(args.out, '--out'):
-        predict(args, files, pipeline)
+    predict(args, files, pipeline)
     return 1 if pipeline.failures else 0
 
 

@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 import drawing
 from config import UserError
+from logger import lock_folder
 from prediction.pictures import SUFFIXES, Picture, PictureError
 from prediction.responsibilities import responsibility_figure
 
@@ -42,7 +43,7 @@ class ResponsibilityMaps(NamedTuple):
 
 
 class ResultFolder:
-    """The folder of --out.
+    """The folder of --out, locked for other processes as long as this one runs.
 
     Args:
         out: the folder.
@@ -51,10 +52,11 @@ class ResultFolder:
         network: the checkpoints and scales, for the metadata of masks.
 
     Raises:
-        UserError: if coverage.csv is there and has other classes.
+        UserError: if another process writes there, or coverage.csv has other classes.
     """
 
     def __init__(self, out: str, classes: list[str], palette: list[int], network: str):
+        self.lock = lock_folder(out, '--out')
         self.out, self.classes, self.palette = Path(out), classes, palette
         self.network = encodable(network)
         self.figure_lock = threading.Lock()
